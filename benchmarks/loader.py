@@ -47,7 +47,7 @@ from unmask.data.decode.decode import header
 from unmask.data.image_reader import ImageReader
 from unmask.data.loader import training_batches
 from unmask.data.order import Order
-from unmask.data.pack import pack
+from unmask.data.pack_images import pack
 from unmask.data.sources.open_source import open_source
 from unmask.data.sources.source import Source
 from unmask.rng import Stream, uniform

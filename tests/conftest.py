@@ -50,7 +50,7 @@ def images(tmp_path: Path) -> Path:
 
 def pretrain(data, *, out=None, budget=None, console=None, **options):
     """Pre-train with the fields of `PretrainOptions` as keywords."""
-    from unmask.engine import pretrain as module
+    from unmask.engine import pretraining as module
 
     return module.pretrain(data, module.PretrainOptions(**options), out=out, budget=budget, console=console)
 

@@ -155,3 +155,13 @@ def test_folders_of_tests_mirror_the_package():
     folders = {path.parent.relative_to(tests) for path in files} - {Path("benchmarks")}
     assert not [folder for folder in folders if not (ROOT / "unmask" / folder).is_dir()]
     assert len({path.name for path in files}) == len(files), "pytest imports test files by their base name"
+
+
+def test_no_two_modules_have_the_same_name_except_a_method_and_its_recipe():
+    folders: dict[str, set[str]] = {}
+    for path in (ROOT / "unmask").rglob("*.py"):
+        if not path.stem.startswith("__"):
+            folders.setdefault(path.stem.rstrip("_"), set()).add(path.parent.relative_to(ROOT / "unmask").as_posix())
+    repeated = {name: found for name, found in folders.items() if len(found) > 1}
+    assert not {name: found for name, found in repeated.items() if found != {"methods", "recipes"}}
+    assert "mae" in repeated  # negative control

@@ -1,4 +1,4 @@
-"""The root `Config`: all settings of a run. Values derived from them are in the `Plan` (`engine/plan.py`).
+"""The root `Config`: all settings of a run. Values derived from them are in the `Plan` (`engine/training_plan.py`).
 
 A tree of frozen, typed models: unknown keys are errors, every model converts to JSON and back, and `--set KEY=VALUE`
 can change every field. A method's name is the name of its file in `methods/`, or in `tasks/` if it learns from labels;

@@ -188,7 +188,7 @@ def test_interrupted_command_exits_with_130(unmask, monkeypatch, images, tmp_pat
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("unmask.data.pack.pack_image", interrupted)
+    monkeypatch.setattr("unmask.data.pack_images.pack_image", interrupted)
     code, out, err = unmask("pack", images, tmp_path / "copy.tar", "--workers", 0)
     assert (code, out) == (130, "")
     assert err.endswith("\nInterrupted.\n")
@@ -198,7 +198,7 @@ def test_unexpected_exception_prints_a_traceback_and_exits_with_1(unmask, monkey
     def broken(*_, **__):
         raise KeyError("something we forgot")
 
-    monkeypatch.setattr("unmask.engine.check.check_data", broken)
+    monkeypatch.setattr("unmask.engine.check_data.check_data", broken)
     monkeypatch.setattr(sys, "argv", ["unmask", "check", str(tmp_path)])
     with pytest.raises(SystemExit) as stop:
         commands.main()

@@ -46,7 +46,7 @@ def test_demo_with_few_steps_warns_of_weak_results(monkeypatch, capsys, tmp_path
         def status(self):
             return RunStatus(state="finished", step=steps)
 
-    monkeypatch.setattr("unmask.engine.pretrain.pretrain", lambda *_, **__: Trained())
+    monkeypatch.setattr("unmask.engine.pretraining.pretrain", lambda *_, **__: Trained())
     rows = tuple(FeatureScore(features=name, pool="cls", value=0.5) for name in (PRETRAINED, RANDOM_INIT, RAW_PIXELS))
     images = ImageSet(name="shapes")
     probe = ProbeResult(kind="linear", data=images, test=TestIdentity(images=images), rows=rows)

@@ -12,7 +12,7 @@ from PIL import Image
 
 import unmask
 from unmask import commands
-from unmask.comparison.compare import Comparison
+from unmask.comparison.compare_runs import Comparison
 from unmask.console import Console
 from unmask.errors import UserError
 from unmask.results import CurveResult, EmbedResult, ExportResult, PredictResult, ProbeResult, ReconstructResult
@@ -184,7 +184,7 @@ def test_budget_of_a_python_call_counts_from_the_call(folder, monkeypatch, cli):
         seen.append(as_budget(budget))
         raise UserError("enough")
 
-    monkeypatch.setattr("unmask.engine.pretrain.pretrain", stop)
+    monkeypatch.setattr("unmask.engine.pretraining.pretrain", stop)
     monkeypatch.setattr("unmask.engine.time_budget.clock", lambda: 1e9)
     with pytest.raises(UserError, match="enough"):
         unmask.pretrain("images", budget="30m", console=QUIET)

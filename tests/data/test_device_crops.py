@@ -14,7 +14,7 @@ from unmask.data.image_reader import ImageReader
 from unmask.data.loader import training_batches
 from unmask.data.order import Order
 from unmask.data.sources.open_source import open_source
-from unmask.engine.resume import resume
+from unmask.engine.continue_run import resume
 
 
 def picture(height: int, width: int, channels: int) -> np.ndarray:

@@ -25,7 +25,7 @@ from unmask.engine.checkpoint import (
 )
 from unmask.engine.copy_weights import graft
 from unmask.engine.optimizer_state import optimizer_to_tensors, tensors_to_optimizer
-from unmask.engine.prune import _old_checkpoints
+from unmask.engine.prune_run import _old_checkpoints
 from unmask.run import Run
 
 FILES = ["model.safetensors", "optim.safetensors", "state.json", "MANIFEST.json"]

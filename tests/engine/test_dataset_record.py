@@ -9,14 +9,14 @@ import shutil
 import numpy as np
 import pytest
 from faults import faults, signal_after
-from test_pretrain import start
+from test_pretraining import start
 
 from unmask.config import ConfigError
 from unmask.console import Console
 from unmask.engine.changed_data import DataLocations
+from unmask.engine.continue_run import resume
 from unmask.engine.dataset_record import file_of
 from unmask.engine.load import load, read_config, read_plan
-from unmask.engine.resume import resume
 from unmask.engine.training_data import DataError
 from unmask.errors import UserError
 from unmask.report.run_page import write_report

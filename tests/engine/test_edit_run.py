@@ -11,9 +11,9 @@ from unmask.batch import ImageSpec
 from unmask.config import ConfigError, override
 from unmask.console import Console
 from unmask.engine import edit_run
+from unmask.engine.continue_run import resume
 from unmask.engine.edit_run import require_same_weights, set_values
 from unmask.engine.load import load, read_config, read_plan
-from unmask.engine.resume import resume
 from unmask.finetuning.configure import finetuning_config
 from unmask.recipes.catalogue import find
 from unmask.report.run_page import write_report

@@ -9,9 +9,9 @@ from unmask.batch import ImageSpec
 from unmask.config import override
 from unmask.console import Console
 from unmask.engine import flops as flops_module
-from unmask.engine.costs import IMAGENET, print_costs, recipe_costs
 from unmask.engine.flops import COUNTED, blocks_flops, build_unallocated, count_flops, typical_images
 from unmask.engine.measure import example_batch
+from unmask.engine.recipe_costs import IMAGENET, print_costs, recipe_costs
 from unmask.errors import UserError
 from unmask.method import Loss
 from unmask.nn.blocks import Block

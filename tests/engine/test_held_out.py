@@ -9,9 +9,9 @@ from faults import error_before
 
 from unmask.config import ConfigError, override
 from unmask.console import Console
+from unmask.engine.continue_run import resume
 from unmask.engine.edit_run import set_values
 from unmask.engine.load import read_plan
-from unmask.engine.resume import resume
 from unmask.engine.training_data import held_out_for_loss
 from unmask.recipes.catalogue import find
 from unmask.report.run_page import loss_note, write_report

@@ -4,8 +4,8 @@ import pytest
 from conftest import SMALL_RUN, pretrain
 
 from unmask.config import ConfigError, override
+from unmask.engine.continue_run import resume
 from unmask.engine.make_plan import choose_micro_batch
-from unmask.engine.resume import resume
 from unmask.recipes.catalogue import find
 
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 from conftest import SMALL_RUN, pretrain, write_images
 
-from unmask.comparison.compare import compare
+from unmask.comparison.compare_runs import compare
 from unmask.console import Console
 from unmask.engine import checkpoint
+from unmask.engine.continue_run import resume
 from unmask.engine.load import load, read_config, read_plan
-from unmask.engine.resume import resume
 from unmask.report.run_page import write_report
 from unmask.run import Run, RunError
 from unmask.system.verified_json import ChangedJson, dump

@@ -17,11 +17,11 @@ from faults import faults
 from unmask.commands import STOPPED, explain
 from unmask.console import Console
 from unmask.engine import checkpoint
-from unmask.engine import resume as module
+from unmask.engine import continue_run as module
+from unmask.engine.continue_run import resume
 from unmask.engine.load import load
-from unmask.engine.resume import resume
 from unmask.errors import TrainingFailed
-from unmask.finetuning import finetune
+from unmask.finetuning import finetune_run
 from unmask.results import SCORE, read_score
 from unmask.run import Run, RunError, RunInUse, held_here
 from unmask.system import folder_lock
@@ -67,7 +67,7 @@ def dying(path, content):
     written.append(path.name)
     real(path, content)
 module.replace_file = dying
-from unmask.engine.pretrain import PretrainOptions, pretrain
+from unmask.engine.pretraining import PretrainOptions, pretrain
 from unmask.console import Console
 options = PretrainOptions(recipe="mae_nano", settings=sys.argv[3:])
 pretrain(sys.argv[1], options, out=sys.argv[2], console=Console(quiet=True))
@@ -235,8 +235,12 @@ def pretrained(tmp_path_factory):
 
 def tune(pretrained, out):
     quick = ["train.steps=4", "train.batch_size=8", "data.workers=0", "train.test_every=4", "train.device=cpu"]
-    return finetune.finetune(
-        pretrained / "run", str(pretrained / "images"), finetune.FinetuneOptions(settings=quick), out=out, console=QUIET
+    return finetune_run.finetune(
+        pretrained / "run",
+        str(pretrained / "images"),
+        finetune_run.FinetuneOptions(settings=quick),
+        out=out,
+        console=QUIET,
     )
 
 
@@ -245,7 +249,7 @@ def test_missing_result_of_fine_tuning_is_written_on_resume(pretrained, tmp_path
     def failing(*_, **__):
         raise fault
 
-    monkeypatch.setattr(finetune, "measure_run", failing)
+    monkeypatch.setattr(finetune_run, "measure_run", failing)
     with pytest.raises(type(fault)):
         tune(pretrained, tmp_path / "tuned")
     run = Run.open(tmp_path / "tuned")
@@ -254,7 +258,7 @@ def test_missing_result_of_fine_tuning_is_written_on_resume(pretrained, tmp_path
     assert not run.finished
     assert not (run.path / SCORE).exists()
     monkeypatch.undo()
-    assert finetune.resume(run.path, console=QUIET).finished
+    assert finetune_run.resume(run.path, console=QUIET).finished
     assert read_score(run).step == 4
 
 
@@ -263,7 +267,7 @@ def test_lost_or_damaged_result_of_fine_tuning_is_measured_again(pretrained, tmp
     result = read_score(run)
     for damage in (lambda file: file.unlink(), lambda file: file.write_bytes(file.read_bytes()[:-40])):
         damage(run.path / SCORE)
-        assert finetune.resume(run.path, console=QUIET).finished
+        assert finetune_run.resume(run.path, console=QUIET).finished
         assert read_score(run) == result
 
 
@@ -358,7 +362,7 @@ def test_interruption_message_names_the_run(tmp_path, images):
     code = """
 import sys
 from unmask import commands
-from unmask.engine import pretrain as start
+from unmask.engine import pretraining as start
 def interrupted(*_, **__):
     raise KeyboardInterrupt
 if sys.argv[1] == "before":

@@ -23,7 +23,7 @@ from unmask.data.decode.bad_image import BadImage
 from unmask.data.image_reader import ImageReader
 from unmask.data.loader import eval_batches, training_batches
 from unmask.data.sources.open_source import open_source
-from unmask.engine.resume import resume
+from unmask.engine.continue_run import resume
 from unmask.errors import LoadingFailed, TrainingFailed, UserError
 from unmask.run import Run
 from unmask.system import processes, stalls

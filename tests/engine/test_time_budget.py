@@ -12,9 +12,9 @@ from unmask.batch import ImageSpec
 from unmask.console import Console
 from unmask.engine import checkpoint
 from unmask.engine import time_budget as budgets
-from unmask.engine.plan import Plan
-from unmask.engine.resume import resume
+from unmask.engine.continue_run import resume
 from unmask.engine.time_budget import Budget, Pacer, Replan, as_budget, place, require_order
+from unmask.engine.training_plan import Plan
 from unmask.errors import UserError
 from unmask.optim import learning_rate
 from unmask.run import Run, RunError

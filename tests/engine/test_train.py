@@ -13,9 +13,9 @@ from faults import faults
 
 from unmask.console import Console
 from unmask.engine import checkpoint
+from unmask.engine.continue_run import resume
 from unmask.engine.load import load, load_encoder
 from unmask.engine.pacing import due
-from unmask.engine.resume import resume
 from unmask.engine.train import TrainingFailed, epoch_text
 from unmask.engine.training_data import DataError
 from unmask.methods.mae import MAE

@@ -18,12 +18,12 @@ from unmask.engine.load import load
 from unmask.errors import UserError
 from unmask.evals import feature_sets
 from unmask.evals import images as images_module
-from unmask.evals import reconstruct as reconstruct_module
+from unmask.evals import reconstruct_images as reconstruct_module
 from unmask.evals import run_probe as run_probe_module
-from unmask.evals.embed import embed_images
+from unmask.evals.embed_images import embed_images
 from unmask.evals.probe_options import ProbeOptions
 from unmask.evals.probes import attentive
-from unmask.evals.reconstruct import MAX_DRAWN, reconstruct_images
+from unmask.evals.reconstruct_images import MAX_DRAWN, reconstruct_images
 from unmask.evals.run_probe import run_probe
 from unmask.results import PRETRAINED, RANDOM_INIT, RAW_PIXELS, EmbedResult, LayerChoice, TestIdentity, from_json
 

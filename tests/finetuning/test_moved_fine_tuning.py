@@ -7,12 +7,12 @@ import pytest
 from conftest import pretrain
 from faults import signal_after
 from PIL import Image
-from test_finetune import SMALL
+from test_finetune_run import SMALL
 
 from unmask.engine.changed_data import DataLocations
 from unmask.engine.load import read_config
 from unmask.engine.training_data import DataError
-from unmask.finetuning import finetune
+from unmask.finetuning import finetune_run
 from unmask.run import Run
 
 SETTINGS = ["train.steps=4", "train.batch_size=8", "data.workers=0", "train.test_every=4"]
@@ -39,9 +39,9 @@ def pretrained(tmp_path_factory):
 def tuned(pretrained, tmp_path):
     """A segmentation run with separate test images, stopped after two steps."""
     data, test = (str(street(tmp_path / "old" / name, seed=seed)) for name, seed in (("train", 1), ("test", 2)))
-    options = finetune.FinetuneOptions(task="segment", test=test, settings=SETTINGS)
+    options = finetune_run.FinetuneOptions(task="segment", test=test, settings=SETTINGS)
     with signal_after(2):
-        run = finetune.finetune(pretrained.path, data, options, out=tmp_path / "run")
+        run = finetune_run.finetune(pretrained.path, data, options, out=tmp_path / "run")
     assert run.read("status.json")["state"] == "stopped"
     return run
 
@@ -50,7 +50,7 @@ def test_resume_finds_moved_images_masks_and_test_images(pretrained, tmp_path):
     run = tuned(pretrained, tmp_path)
     shutil.copytree(tmp_path / "old", tmp_path / "new", copy_function=shutil.copyfile)
     shutil.rmtree(tmp_path / "old")
-    finetune.resume(
+    finetune_run.resume(
         run.path, places=DataLocations((str(tmp_path / "new" / "train"),), test=str(tmp_path / "new" / "test"))
     )
     assert Run(run.path).read("status.json")["state"] == "finished"
@@ -69,7 +69,7 @@ def test_changed_masks_and_test_images_of_the_same_size_are_detected(pretrained,
     shutil.copyfile(other / "3.bmp", tmp_path / "old" / what / "3.bmp")
     role = {"train/masks": "masks", "test/images": "test", "test/masks": "test masks"}[what]
     with pytest.raises(DataError, match=rf"the {role} files of .* have changed .*1 changed: 3.bmp \(content\)"):
-        finetune.resume(run.path)
+        finetune_run.resume(run.path)
 
 
 def test_resume_rejects_changed_labels_of_a_list(pretrained, tmp_path):
@@ -77,9 +77,9 @@ def test_resume_rejects_changed_labels_of_a_list(pretrained, tmp_path):
     lines = [f"{images}/{number}.bmp,{'ab'[number % 2]}" for number in range(20)]
     (tmp_path / "list.csv").write_text("\n".join(lines))
     with signal_after(2):
-        options = finetune.FinetuneOptions(settings=SETTINGS)
-        run = finetune.finetune(pretrained.path, str(tmp_path / "list.csv"), options, out=tmp_path / "run")
+        options = finetune_run.FinetuneOptions(settings=SETTINGS)
+        run = finetune_run.finetune(pretrained.path, str(tmp_path / "list.csv"), options, out=tmp_path / "run")
     swapped = [line[:-1] + {"a": "b", "b": "a"}[line[-1]] for line in lines]
     (tmp_path / "list.csv").write_text("\n".join(swapped))
     with pytest.raises(DataError, match=r"the labels, masks or boxes of .* have changed"):
-        finetune.resume(run.path)
+        finetune_run.resume(run.path)

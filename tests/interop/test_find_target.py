@@ -8,7 +8,7 @@ from conftest import pretrain
 
 import unmask.interop.targets
 from unmask.errors import UserError
-from unmask.interop.export import export_run
+from unmask.interop.export_run import export_run
 from unmask.interop.export_target import ExportTarget
 from unmask.interop.find_target import find_target, target_names, target_summary
 

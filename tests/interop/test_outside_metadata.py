@@ -20,7 +20,7 @@ from unmask.engine import initial_weights
 from unmask.engine.load import load, load_encoder, read_config
 from unmask.errors import UserError
 from unmask.interop import names
-from unmask.interop.export import export_run
+from unmask.interop.export_run import export_run
 from unmask.interop.import_weights import import_weights
 from unmask.interop.safetensors_file import open_safetensors
 from unmask.nn.patches import unpatchify

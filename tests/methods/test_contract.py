@@ -17,8 +17,8 @@ from faults import signal_after
 from unmask.batch import Batch, ImageSpec
 from unmask.config import Config, keys, method_class, method_names, override
 from unmask.engine.checkpoint import load_model
+from unmask.engine.continue_run import resume
 from unmask.engine.device import autocast
-from unmask.engine.resume import resume
 from unmask.errors import UserError
 from unmask.method import Clock, Loss, Method, Picture
 from unmask.nn.image_encoder import EncoderConfig, ImageEncoder

@@ -11,7 +11,7 @@ from test_contract import METHODS, batch_for, clock, make, shrunk, warm
 
 from unmask.batch import Batch
 from unmask.config import override
-from unmask.engine.resume import resume
+from unmask.engine.continue_run import resume
 from unmask.method import Method
 from unmask.nn.losses import weighted_mean
 from unmask.nn.patches import patchify

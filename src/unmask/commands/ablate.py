@@ -60,7 +60,7 @@ def _exit_code(summary: dict[str, Any]) -> int:
 @command(AblateRequest, panel=Panel.MEASURE, trains=True, exit_code=_exit_code)
 def ablate(request: AblateRequest, console: Console) -> dict[str, Any]:
     """Return the contents of table.json; "state" is finished, stopped or failed."""
-    from unmask.comparison.ablate import ablate
+    from unmask.comparison.run_table import ablate
     from unmask.comparison.table_plan import TableRequest
 
     table_request = TableRequest(

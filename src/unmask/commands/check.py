@@ -38,7 +38,7 @@ class Checked:
 )
 def check(request: CheckRequest, console: Console) -> Checked:
     """Return the summary and the exit code."""
-    from unmask.engine.check import check_data
+    from unmask.engine.check_data import check_data
 
     code, summary = check_data(
         texts(request.data),

@@ -11,7 +11,7 @@ from unmask.console import Console
 from unmask.evals.probe_kind import kind_names
 
 if TYPE_CHECKING:
-    from unmask.comparison.compare import Comparison
+    from unmask.comparison.compare_runs import Comparison
 
 
 def kinds() -> dict[str, str]:
@@ -40,7 +40,7 @@ class CompareRequest(Request):
 @command(CompareRequest, panel=Panel.MEASURE, to_json=lambda result: result.to_json(), trains=True)
 def compare(request: CompareRequest, console: Console) -> "Comparison":
     """Return what the page shows and FILE.json contains."""
-    from unmask.comparison.compare import ProbeWanted, compare
+    from unmask.comparison.compare_runs import ProbeWanted, compare
 
     wanted = ProbeWanted(
         data=request.data, test=request.test, kind=request.kind, shots=request.shots, device=request.device

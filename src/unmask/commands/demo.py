@@ -67,7 +67,7 @@ def demo_json(result: DemoResult) -> dict[str, Any]:
 )
 def demo(request: DemoRequest, console: Console) -> DemoResult:
     """Return the run, its report and the results of the probes."""
-    from unmask.engine.pretrain import PretrainOptions, pretrain
+    from unmask.engine.pretraining import PretrainOptions, pretrain
     from unmask.evals.probe_options import ProbeOptions
     from unmask.evals.run_probe import run_probes
     from unmask.report.run_page import write_report

@@ -31,7 +31,7 @@ class EmbedRequest(Request):
 @command(EmbedRequest, panel=Panel.MEASURE, to_json=lambda result: result.to_json())
 def embed(request: EmbedRequest, console: Console) -> "EmbedResult":
     """Return the path of the file, the number of images, and the columns."""
-    from unmask.evals.embed import embed_images
+    from unmask.evals.embed_images import embed_images
 
     return embed_images(
         Path(request.run),

@@ -39,6 +39,6 @@ class ExportRequest(Request):
 @command(ExportRequest, panel=Panel.EXCHANGE, to_json=lambda result: result.to_json())
 def export(request: ExportRequest, console: Console) -> "ExportResult":
     """Return the path of the export and the result of its test."""
-    from unmask.interop.export import export_run
+    from unmask.interop.export_run import export_run
 
     return export_run(request.run, request.to, request.out, step=request.step, console=console)

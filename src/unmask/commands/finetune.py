@@ -121,8 +121,8 @@ def mask_options(request: FinetuneRequest) -> "MaskOptions | None":
 @command(FinetuneRequest, panel=Panel.TRAIN, trains=True, to_json=run_json, exit_code=run_exit_code)
 def finetune(request: FinetuneRequest, console: Console) -> "Run":
     """Return the new run; `run.status()` says whether it finished or was stopped."""
-    from unmask.finetuning.finetune import FinetuneOptions
-    from unmask.finetuning.finetune import finetune as run_finetune
+    from unmask.finetuning.finetune_run import FinetuneOptions
+    from unmask.finetuning.finetune_run import finetune as run_finetune
 
     options = FinetuneOptions(
         task=request.task,

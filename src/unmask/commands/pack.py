@@ -9,7 +9,7 @@ from unmask.commands.options import Exclude
 from unmask.console import Console
 
 if TYPE_CHECKING:
-    from unmask.data.pack import PackSummary
+    from unmask.data.pack_images import PackSummary
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class PackRequest(Request):
 @command(PackRequest, panel=Panel.FILES, to_json=lambda packed: packed.as_json())
 def pack(request: PackRequest, console: Console) -> "PackSummary":
     """Return the numbers of images that were copied, shrunk and left out."""
-    from unmask.data.pack import pack
+    from unmask.data.pack_images import pack
 
     return pack(
         request.data,

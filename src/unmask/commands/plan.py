@@ -23,7 +23,7 @@ class PlanRequest(Request):
 @command(PlanRequest, panel=Panel.START)
 def plan(request: PlanRequest, console: Console) -> dict[str, Any]:
     """Return the costs."""
-    from unmask.engine.costs import print_costs, recipe_costs
+    from unmask.engine.recipe_costs import print_costs, recipe_costs
 
     found = recipe_costs(request.recipe, settings=request.settings, gpus=request.gpus)
     print_costs(found, console)

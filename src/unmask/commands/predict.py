@@ -39,8 +39,8 @@ class PredictRequest(Request):
 )
 def predict(request: PredictRequest, console: Console) -> "PredictResult":
     """Return the path of the output and the number of images."""
-    from unmask.finetuning.predict import PredictOptions
-    from unmask.finetuning.predict import predict as run_predict
+    from unmask.finetuning.predict_images import PredictOptions
+    from unmask.finetuning.predict_images import predict as run_predict
 
     options = PredictOptions(request.step, request.device, request.min_score)
     return run_predict(Path(request.run), texts(request.images), Path(request.out), options, console)

@@ -53,8 +53,8 @@ class PretrainRequest(Request):
 @command(PretrainRequest, panel=Panel.TRAIN, trains=True, to_json=run_json, exit_code=run_exit_code)
 def pretrain(request: PretrainRequest, console: Console) -> "Run":
     """Return the run; `run.status()` says whether it finished or was stopped."""
-    from unmask.engine.pretrain import PretrainOptions
-    from unmask.engine.pretrain import pretrain as train
+    from unmask.engine.pretraining import PretrainOptions
+    from unmask.engine.pretraining import pretrain as train
 
     options = PretrainOptions(
         exclude=request.exclude,

@@ -22,7 +22,7 @@ class PruneRequest(Request):
 @command(PruneRequest, panel=Panel.FILES)
 def prune(request: PruneRequest, console: Console) -> dict[str, Any]:
     """Return the deleted folders and their size in bytes."""
-    from unmask.engine.prune import prune_run
+    from unmask.engine.prune_run import prune_run
 
     return prune_run(
         Path(request.run), keep_checkpoints=request.keep_checkpoints, dry_run=request.dry_run, console=console

@@ -28,7 +28,7 @@ class ReconstructRequest(Request):
 @command(ReconstructRequest, panel=Panel.MEASURE, to_json=lambda result: result.to_json())
 def reconstruct(request: ReconstructRequest, console: Console) -> "ReconstructResult":
     """Return the path of the picture, the loss, and the losses of baselines that need no training."""
-    from unmask.evals.reconstruct import reconstruct_images
+    from unmask.evals.reconstruct_images import reconstruct_images
 
     return reconstruct_images(
         Path(request.run),

@@ -38,16 +38,15 @@ class ResumeRequest(Request):
 def resume(request: ResumeRequest, console: Console) -> "Run":
     """Return the run; `run.status()` says whether it finished or was stopped."""
     from unmask.config import task_names
-    from unmask.engine import changed_data
-    from unmask.engine import resume as pretraining
+    from unmask.engine import changed_data, continue_run
     from unmask.engine.load import read_config
-    from unmask.finetuning import finetune
+    from unmask.finetuning import finetune_run
     from unmask.run import Run
 
     supervised = read_config(Run.open(request.run)).method.name in task_names()
     data = tuple(texts(request.data))
     places = changed_data.DataLocations(data, request.test, request.annotations, request.test_annotations)
-    run = (finetune if supervised else pretraining).resume(
+    run = (finetune_run if supervised else continue_run).resume(
         request.run,
         allow_dataset_change=request.allow_dataset_change,
         places=None if places == changed_data.DataLocations() else places,

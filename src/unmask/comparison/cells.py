@@ -10,8 +10,8 @@ from unmask.comparison.table_plan import TableRequest
 from unmask.config import Config, ConfigError, parse
 from unmask.data.sources.source import Source
 from unmask.engine import resolve
-from unmask.engine.costs import promised_tokenizer
 from unmask.engine.load import read_config, read_plan
+from unmask.engine.recipe_costs import promised_tokenizer
 from unmask.finetuning import configure
 from unmask.recipes import catalogue
 from unmask.run import Run

@@ -17,7 +17,7 @@ from unmask.config import ENCODER, Config, keys
 from unmask.engine.flops import build_unallocated, count_flops
 from unmask.engine.load import read_config, read_plan
 from unmask.engine.measure import example_batch
-from unmask.engine.plan import Plan
+from unmask.engine.training_plan import Plan
 from unmask.recipes.catalogue import all_recipes
 from unmask.report.training_log import last_loss, trained_rows, training_seconds
 from unmask.run import Run

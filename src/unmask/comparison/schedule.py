@@ -36,7 +36,7 @@ from unmask.engine.flops import count_flops
 from unmask.engine.image_size import consequence
 from unmask.engine.make_plan import BUDGET_SHARE
 from unmask.engine.measure import example_batch, measure_step_seconds, with_loading
-from unmask.engine.plan import Plan
+from unmask.engine.training_plan import Plan
 from unmask.errors import UserError
 from unmask.evals.images import EVAL_BATCH
 from unmask.evals.labelled_images import few_shots, require_classes

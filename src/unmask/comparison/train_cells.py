@@ -17,13 +17,13 @@ from unmask.comparison.table_plan import PlannedCell, TablePlan
 from unmask.comparison.table_results import FAILURES, KINDS, find_probe
 from unmask.config import parse
 from unmask.console import Console
-from unmask.engine import checkpoint, pretrain
+from unmask.engine import checkpoint, pretraining
+from unmask.engine.continue_run import resume
 from unmask.engine.load import read_plan
-from unmask.engine.resume import resume
 from unmask.errors import TrainingFailed, UserError
 from unmask.evals.probe_options import ProbeOptions
 from unmask.evals.run_probe import run_probes
-from unmask.finetuning import configure, final_test, finetune
+from unmask.finetuning import configure, final_test, finetune_run
 from unmask.recipes import catalogue
 from unmask.report.run_page import write_report
 from unmask.results import read_results, read_score
@@ -86,7 +86,7 @@ def train_cell(folder: Path, plan: TablePlan, cell: PlannedCell, seed: int, cons
         if run.finished and checkpoint.is_complete(run, read_plan(run).steps):
             return run
         console.print(f"{path.name}: resuming")
-        run = (finetune.resume if cell.fine_tunes else resume)(path, console=console)
+        run = (finetune_run.resume if cell.fine_tunes else resume)(path, console=console)
     else:
         shutil.rmtree(path, ignore_errors=True)  # an earlier attempt that cannot be resumed
         console.print(f"{path.name}: {cell.steps} steps")
@@ -101,20 +101,20 @@ def start_cell(path: Path, folder: Path, plan: TablePlan, cell: PlannedCell, see
     request = plan.asked
     settings = [*without_length(cell.settings), f"train.steps={cell.steps}", f"train.seed={seed}"]
     if cell.fine_tunes:
-        tuning = finetune.FinetuneOptions(
+        tuning = finetune_run.FinetuneOptions(
             test=request.test,
             shots=request.shots,
             recipe=configure.PLAIN,
             settings=[*settings, f"train.test_every={cell.steps}"],
         )
         weights = request.from_run or finished_run(folder, PRETRAINED, "pre-training")
-        return finetune.finetune(weights, request.data, tuning, out=path, console=console)
+        return finetune_run.finetune(weights, request.data, tuning, out=path, console=console)
     tokenizer = None
     if cell.tokenizer:
         tokenizer = request.tokenizer or finished_run(folder, TOKENIZER, "tokenizer")
     settings = [*own_size(cell.recipe, settings), *settings]  # the same image size for all cells
-    options = pretrain.PretrainOptions(recipe=cell.recipe, settings=settings, tokenizer=tokenizer)
-    return pretrain.pretrain(request.data, options, out=path, console=console)
+    options = pretraining.PretrainOptions(recipe=cell.recipe, settings=settings, tokenizer=tokenizer)
+    return pretraining.pretrain(request.data, options, out=path, console=console)
 
 
 def own_size(recipe: str, settings: Sequence[str]) -> list[str]:

@@ -16,15 +16,15 @@ from unmask.console import Console
 from unmask.data.image_reader import ImageReader, OpenedImage
 from unmask.data.loader import training_batches
 from unmask.data.order import Order
-from unmask.data.pack import SHORT_SIDE
+from unmask.data.pack_images import SHORT_SIDE
 from unmask.data.scan.scan import num_cores, scan
 from unmask.data.sources.open_source import open_source
 from unmask.data.sources.tiff_samples import apply_reading
 from unmask.engine.device import choose_device
 from unmask.engine.measure import measure_step_seconds, with_loading
-from unmask.engine.plan import Plan
 from unmask.engine.resolve import choose_config, draft_config, reject_supervised, settings_with_options
 from unmask.engine.training_data import TrainingRequest, prepare_images, reject_bad_data
+from unmask.engine.training_plan import Plan
 
 LOOKED_AT = 128  # Number of files to scan before choosing the recipe.
 TIMED = 256  # Number of images to time; fewer if they are slow.

@@ -12,9 +12,9 @@ from unmask.data.scan.identity import Difference
 from unmask.data.sources.source import Source
 from unmask.engine import dataset_record
 from unmask.engine.load import read_config
-from unmask.engine.plan import Plan
 from unmask.engine.supervision import Supervise, Supervision
 from unmask.engine.training_data import DataError
+from unmask.engine.training_plan import Plan
 from unmask.run import Run
 
 

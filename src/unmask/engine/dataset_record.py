@@ -20,7 +20,7 @@ from unmask.data.scan import identity
 from unmask.data.scan.identity import Difference, record_of
 from unmask.data.sources.source import Source
 from unmask.engine import checkpoint
-from unmask.engine.plan import Plan
+from unmask.engine.training_plan import Plan
 from unmask.run import Run, RunError
 
 DATA, MASKS, TEST, TEST_MASKS = "data", "masks", "test", "test-masks"

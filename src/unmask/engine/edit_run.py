@@ -33,7 +33,7 @@ from unmask.engine import checkpoint
 from unmask.engine.device import choose_device, choose_precision
 from unmask.engine.load import read_config, read_plan
 from unmask.engine.make_plan import require_micro_batch
-from unmask.engine.plan import Plan
+from unmask.engine.training_plan import Plan
 from unmask.run import CONFIG, EDITS, PLAN, PROVENANCE, Run
 
 JOURNAL = ".edit.json"

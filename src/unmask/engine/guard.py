@@ -7,7 +7,7 @@ from contextlib import contextmanager, nullcontext, suppress
 
 from unmask.engine import checkpoint
 from unmask.engine.pacing import Stopwatch
-from unmask.engine.plan import Plan
+from unmask.engine.training_plan import Plan
 from unmask.errors import TrainingFailed, UserError
 from unmask.run import Run, RunGone
 from unmask.system.stalls import VARIABLE, Stalled, Watchdog, stall_seconds, write_stacks

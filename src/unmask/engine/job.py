@@ -14,8 +14,8 @@ from torch import Tensor
 from unmask.config import Config
 from unmask.console import Console
 from unmask.data.image_reader import ImageReader
-from unmask.engine.plan import Plan
 from unmask.engine.supervision import Evaluator
+from unmask.engine.training_plan import Plan
 from unmask.errors import UserError
 from unmask.method import Method
 from unmask.nn.ema import MovingAverage

@@ -13,7 +13,7 @@ from unmask.config import Config, explain
 from unmask.engine import checkpoint, copy_weights
 from unmask.engine.build import build_method
 from unmask.engine.device import choose_device
-from unmask.engine.plan import Plan
+from unmask.engine.training_plan import Plan
 from unmask.method import Method
 from unmask.nn import positions
 from unmask.nn.default_dtype import float32_default

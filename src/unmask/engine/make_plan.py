@@ -12,8 +12,8 @@ from unmask.console import duration
 from unmask.engine.build import build_method
 from unmask.engine.device import choose_precision, free_memory
 from unmask.engine.measure import NO_TIME, Timing, bytes_per_image, time_steps
-from unmask.engine.plan import Plan
 from unmask.engine.time_budget import AIM, FEWEST_STEPS, USEFUL_STEPS, Budget
+from unmask.engine.training_plan import Plan
 from unmask.optim import peak_lr
 
 DEFAULT_EPOCHS = 100

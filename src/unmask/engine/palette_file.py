@@ -27,7 +27,7 @@ from unmask.data.sources.open_source import open_source
 from unmask.engine.training_data import DataError
 from unmask.errors import UserError
 from unmask.method import Picture
-from unmask.nn.palette import k_means, nearest_colour
+from unmask.nn.colour_palette import k_means, nearest_colour
 from unmask.report.pictures import draw, require_png
 from unmask.system.atomic_files import replace_file
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from unmask.config import Config
 from unmask.console import Console
-from unmask.engine.plan import Plan
+from unmask.engine.training_plan import Plan
 
 
 def print_inputs(config: Config, console: Console) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from unmask.engine.plan import Plan
+from unmask.engine.training_plan import Plan
 from unmask.system.shell_command import shell_command
 
 

@@ -17,7 +17,7 @@ from unmask.data.order import SampleIndices
 from unmask.engine.compile import uncompiled
 from unmask.engine.device import autocast
 from unmask.engine.job import Job, Position, log_row, report_failure
-from unmask.engine.plan import Plan
+from unmask.engine.training_plan import Plan
 from unmask.errors import TrainingFailed
 from unmask.nn.modes import eval_mode
 from unmask.report.pictures import draw

@@ -18,7 +18,7 @@ from PIL import Image
 from unmask.console import Console
 from unmask.data.decode import decode
 from unmask.engine.device import choose_device, choose_precision
-from unmask.engine.pretrain import PretrainOptions, pretrain
+from unmask.engine.pretraining import PretrainOptions, pretrain
 from unmask.engine.product_library import measure_products
 from unmask.engine.provenance import provenance_versions
 from unmask.rng import philox

@@ -11,7 +11,7 @@ import numpy as np
 from unmask.config import Config
 from unmask.data.image_reader import Annotations
 from unmask.data.sources.source import Source
-from unmask.engine.plan import Plan
+from unmask.engine.training_plan import Plan
 from unmask.method import Method
 from unmask.run import Run
 

@@ -3,7 +3,7 @@
 The state of the training is its `Position`: optimiser steps done and samples consumed. All random draws depend on it
 (see `rng.py`), so a checkpoint only contains weights, optimiser state and these numbers, and a resumed run is
 bit-identical to an uninterrupted one on the same device. Methods are in `methods/`, and the plan of a run is in
-`engine/plan.py`.
+`engine/training_plan.py`.
 
 The host does not wait for the device at every step: it reads the loss of a step only to log, draw, evaluate or save. A
 step with non-finite numbers leaves the weights unchanged whether or not the host has read it, and rollbacks are counted

@@ -20,10 +20,10 @@ from unmask.data.scan.scan import Scan, scan
 from unmask.data.sources.source import Source
 from unmask.engine.make_plan import DatasetFacts, LoadingPlan, make_plan
 from unmask.engine.measure import Timing
-from unmask.engine.plan import Plan
 from unmask.engine.resolve import require_statistics
 from unmask.engine.supervision import SupervisedSplit
 from unmask.engine.time_budget import Budget
+from unmask.engine.training_plan import Plan
 from unmask.errors import UserError
 
 NAMED_BAD_FILES = 5

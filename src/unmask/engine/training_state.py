@@ -13,8 +13,8 @@ from unmask.engine.checkpoint import CheckpointFull, CheckpointRefused
 from unmask.engine.job import Job, Position, Step, report_failure
 from unmask.engine.load import take_weights
 from unmask.engine.pacing import Stopwatch
-from unmask.engine.plan import Plan
 from unmask.engine.samples import evenly_spaced, fixed_images
+from unmask.engine.training_plan import Plan
 from unmask.errors import TrainingFailed, UserError
 from unmask.method import Method
 from unmask.run import STATUS, Run, RunGone

@@ -22,7 +22,7 @@ from unmask.data.sources.open_source import open_source
 from unmask.engine.device import choose_device
 from unmask.engine.load import Loaded, load, untrained_encoder
 from unmask.errors import UserError
-from unmask.evals.embed import FEATURES
+from unmask.evals.embed_images import FEATURES
 from unmask.evals.feature_sets import (
     VOTE,
     FeatureSets,

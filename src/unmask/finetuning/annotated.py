@@ -28,7 +28,7 @@ from unmask.data.annotations.segmentation_masks import MaskOptions, Segmentation
 from unmask.data.annotations.splits import HOLD_OUT_FOR_TEST, hold_out
 from unmask.data.sources.open_source import open_source
 from unmask.data.sources.source import Source
-from unmask.engine.plan import Plan
+from unmask.engine.training_plan import Plan
 from unmask.evals.labelled_images import few_shots, require_classes
 from unmask.task import TaskConfig
 

@@ -14,7 +14,7 @@ from unmask.finetuning.annotated import (
     open_annotated,
     split_rows,
 )
-from unmask.finetuning.finetune import FinetuneOptions, finetune
+from unmask.finetuning.finetune_run import FinetuneOptions, finetune
 from unmask.nn.default_dtype import float32_default
 from unmask.results import PRETRAINED, FeatureScore, ProbeResult, read_score, to_json
 from unmask.run import Run

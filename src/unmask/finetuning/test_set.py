@@ -16,8 +16,8 @@ from unmask.data.decode.bad_image import BadImage
 from unmask.data.loader import choose_workers
 from unmask.data.readable_images import ReadableImages
 from unmask.data.sources.source import Source
-from unmask.engine.plan import Plan
 from unmask.engine.time_budget import now
+from unmask.engine.training_plan import Plan
 from unmask.errors import UserError
 from unmask.evals.images import MANY_IMAGES, read
 from unmask.finetuning.annotated import AnnotatedImages, digest, open_annotated, options_of

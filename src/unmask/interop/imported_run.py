@@ -13,7 +13,7 @@ from unmask.config import ENCODER, Config, task_names
 from unmask.console import Console
 from unmask.data.decode.reading import Reading
 from unmask.engine import checkpoint, provenance
-from unmask.engine.plan import Plan
+from unmask.engine.training_plan import Plan
 from unmask.interop.foreign.state_dicts import Recognised
 from unmask.method import Method
 from unmask.run import CONFIG, PLAN, PROVENANCE, Run

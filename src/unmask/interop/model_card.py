@@ -15,7 +15,7 @@ from huggingface_hub import ModelCardData
 
 from unmask.config import Config, method_module, task_class, task_names
 from unmask.engine.load import Loaded, licence_of
-from unmask.engine.plan import Plan
+from unmask.engine.training_plan import Plan
 from unmask.interop.export_target import ExportedModel, ExportTarget
 from unmask.report.page import show_score
 from unmask.report.probe_section import ImageNames, title_with

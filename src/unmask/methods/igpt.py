@@ -31,9 +31,9 @@ from torch import Tensor, nn
 from unmask.batch import Batch, ImageSpec
 from unmask.errors import UserError
 from unmask.method import Clock, Loss, Method, MethodConfig, Picture
+from unmask.nn.colour_palette import k_means
 from unmask.nn.gpt import GPT, GPTConfig
 from unmask.nn.losses import weighted_mean
-from unmask.nn.palette import k_means
 from unmask.nn.patches import patchify
 from unmask.nn.valid import patch_weights, valid_patches
 from unmask.rng import Draws, Stream

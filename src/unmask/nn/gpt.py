@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from unmask.batch import ImageSpec
 from unmask.errors import UserError
 from unmask.nn.blocks import attend
+from unmask.nn.colour_palette import nearest_colour
 from unmask.nn.features import Features
 from unmask.nn.image_encoder import EncoderConfig, ImageEncoder
 from unmask.nn.inputs import Scale
-from unmask.nn.palette import nearest_colour
 from unmask.nn.patches import grid_of
 from unmask.nn.recompute import recomputed
 from unmask.nn.vit import Pair

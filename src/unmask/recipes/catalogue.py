@@ -51,7 +51,7 @@ GROUPS = {
     "ae": "Autoencoders",
     "dae": "Autoencoders",
     "fine_tuning": "Supervised training: `unmask finetune` and `unmask probe --kind paper-linear`",
-    "demo": "Recipes of `unmask demo`",
+    "demo_recipes": "Recipes of `unmask demo`",
 }
 """Titles of groups by file of `recipes/`, in the order of `unmask recipes`; any other file is its own group."""
 

@@ -1,7 +1,7 @@
 """Set up worker processes so that they end with their parent, and detect launchers that started several processes.
 
 The code that runs in the workers is elsewhere (`data/worker_pool.py` for training batches, `data/scan.py` and
-`data/pack.py` for whole files). Standard library only.
+`data/pack_images.py` for whole files). Standard library only.
 """
 
 from __future__ import annotations

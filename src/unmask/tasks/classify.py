@@ -12,7 +12,7 @@ Differs from the paper: mixing is drawn once per micro-batch (there once per GPU
 still uses mean tokens and a LayerNorm, while the paper's linear probe uses the class token and a BatchNorm
 (`linear_probe.py`).
 
-Length and data of the training are set in `finetuning/finetune.py`.
+Length and data of the training are set in `finetuning/finetune_run.py`.
 
 Letters: B images, C channels, N patches, K classes, L blocks.
 """

@@ -19,8 +19,8 @@ which FCOS ignores, are learnt. Differs from ViTDet: this head instead of Mask R
 no windows; no large-scale jitter. The number of cells with a box is counted per micro-batch. Layer-wise decay of the
 learning rate is a setting of the optimiser (`optim.py`).
 
-See `data/annotations/` for reading boxes from files, `finetuning/finetune.py` for length and data of the training, and
-`metrics/average_precision.py` for the metric.
+See `data/annotations/` for reading boxes from files, `finetuning/finetune_run.py` for length and data of the training,
+and `metrics/average_precision.py` for the metric.
 
 Letters: L cells of all levels together, K classes, M boxes per image after padding, W width of the pyramid and head.
 """

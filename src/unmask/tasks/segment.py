@@ -9,7 +9,7 @@ Differs from the paper: no auxiliary head; a relative position bias only if the 
 single image scale; the differences of UPerNet are in `map_heads.py`. The encoder's final norm is not used, as in
 `classify.py`.
 
-See `data/annotations/segmentation_masks.py` for reading masks, `finetuning/finetune.py` for length and data of the
+See `data/annotations/segmentation_masks.py` for reading masks, `finetuning/finetune_run.py` for length and data of the
 training, and `metrics/mean_iou.py` for the metric.
 
 Letters: B images, C channels, H x W pixels, K classes, L blocks.

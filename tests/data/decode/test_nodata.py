@@ -18,7 +18,7 @@ from unmask.data.decode.reading import EARLIER, Reading
 from unmask.data.device_crops import to_device
 from unmask.data.image_reader import ImageReader
 from unmask.data.order import SampleIndices
-from unmask.data.pack import pack_image
+from unmask.data.pack_images import pack_image
 from unmask.data.scan import scan_cache
 from unmask.data.scan.findings import findings
 from unmask.data.scan.scan import scan

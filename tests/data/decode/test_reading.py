@@ -24,7 +24,7 @@ from unmask.data.scan.scan import scan
 from unmask.data.sources.open_source import open_source
 from unmask.data.sources.tiff_samples import TiffPagesSource, apply_reading
 from unmask.engine import training_data
-from unmask.engine.check import print_table
+from unmask.engine.check_data import print_table
 
 
 def photo(channels=4, seed=0, height=48, width=64):
@@ -271,7 +271,7 @@ def test_guessed_axes_are_reported(tmp_path):
 def test_plan_stores_the_reading_for_later_commands(tmp_path, monkeypatch, capsys):
     from conftest import SMALL_RUN
 
-    from unmask.evals import embed
+    from unmask.evals import embed_images
 
     folder = tmp_path / "images"
     folder.mkdir()
@@ -287,7 +287,7 @@ def test_plan_stores_the_reading_for_later_commands(tmp_path, monkeypatch, capsy
     values = photo()
     values[..., 3] = 255
     (one / "a.tif").write_bytes(tiff(values, photometric="rgb", extrasamples=["unassalpha"]))
-    done = embed.embed_images(
+    done = embed_images.embed_images(
         run.path, str(one), tmp_path / "e.npz", step=None, device="cpu", console=Console(quiet=True)
     )
     assert (done.images, done.left_out) == (1, 0)
@@ -296,7 +296,7 @@ def test_plan_stores_the_reading_for_later_commands(tmp_path, monkeypatch, capsy
 
 
 def test_runs_of_earlier_versions_use_the_earlier_reading():
-    from unmask.engine.plan import Plan
+    from unmask.engine.training_plan import Plan
 
     assert Plan.model_fields["reading"].default == EARLIER
     data = tiff(photo(), photometric="rgb", extrasamples=["unassalpha"])

@@ -9,7 +9,7 @@ from unmask.console import Console
 from unmask.data.scan.odd_images import constant_line, mask_like, mask_warnings
 from unmask.data.scan.scan import scan
 from unmask.data.sources.open_source import open_source
-from unmask.engine.check import check_data
+from unmask.engine.check_data import check_data
 
 PHOTO, MASK = noisy(32, 40), (smooth(32, 40, 1, top=250)[:, :, 0] // 60).astype(np.uint8)
 
@@ -82,7 +82,7 @@ def test_photographs_and_drawings_are_not_reported_as_masks(tmp_path):
 
 
 def test_check_warns_before_training(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("unmask.engine.check.MEASURE_SECONDS", 0.1)
+    monkeypatch.setattr("unmask.engine.check_data.MEASURE_SECONDS", 0.1)
     check_data(str(streets(tmp_path)), Console(), sample=None, workers=0)
     said = capsys.readouterr().err
     assert "warning: 8 of 16 images, labels/, look like segmentation masks" in said

@@ -15,14 +15,14 @@ from PIL import Image
 from unmask.batch import ImageSpec
 from unmask.commands import main
 from unmask.console import Console
-from unmask.data import pack as packing
+from unmask.data import pack_images as packing
 from unmask.data.augment import CropConfig, cut
 from unmask.data.decode.decode import decode, header
 from unmask.data.decode.image_header import packed_note
 from unmask.data.image_reader import ImageReader
 from unmask.data.loader import training_batches
 from unmask.data.order import Order
-from unmask.data.pack import PackError, pack
+from unmask.data.pack_images import PackError, pack
 from unmask.data.scan.scan import scan
 from unmask.data.sources.open_source import open_source
 from unmask.nn.masks import random_mask

@@ -22,10 +22,10 @@ from unmask.engine.changed_data import (
 from unmask.engine.device import choose_device
 from unmask.engine.job import TrainingInputs
 from unmask.engine.load import read_config, read_plan
-from unmask.engine.plan import Plan
 from unmask.engine.run_training import train_and_record
 from unmask.engine.supervision import Supervise
 from unmask.engine.training_data import DataError, training_images
+from unmask.engine.training_plan import Plan
 from unmask.errors import SourceError
 from unmask.nn.default_dtype import float32_default
 from unmask.run import Run

@@ -16,22 +16,22 @@ import pytest
 from conftest import SMALL_RUN, write_images
 from faults import faults
 
-from unmask.comparison import ablate as ablate_module
+from unmask.comparison import run_table as ablate_module
 from unmask.comparison import schedule, table_page, train_cells
-from unmask.comparison.ablate import ablate, report_results
 from unmask.comparison.agreement import ComparedCell, RunAccuracy, agreement, cell_score, difference
 from unmask.comparison.paper_tables import FAMILY, find_table
+from unmask.comparison.run_table import ablate, report_results
 from unmask.comparison.table_page import write_table
 from unmask.comparison.table_plan import TableRequest, load_plan
 from unmask.comparison.table_results import ControlRow, above_controls, find_probe
 from unmask.config import ConfigError
 from unmask.console import Console
 from unmask.data.sources.open_source import open_source
-from unmask.engine import changed_data, pretrain, training_data
+from unmask.engine import changed_data, pretraining, training_data
 from unmask.engine.load import load, read_plan
 from unmask.engine.measure import Timing
 from unmask.errors import TrainingFailed, UserError
-from unmask.finetuning import finetune
+from unmask.finetuning import finetune_run
 from unmask.finetuning.annotated import open_annotated, split_rows
 from unmask.run import Run, RunInUse
 from unmask.system.shell_command import as_shell_command
@@ -156,7 +156,7 @@ def test_the_plan_records_the_request_and_all_settings(unbroken, data):
 
 def test_a_finished_table_is_not_trained_again(unbroken, data, monkeypatch, capsys):
     folder, summary = unbroken
-    monkeypatch.setattr(pretrain, "pretrain", lambda *_, **__: pytest.fail("trained again"))
+    monkeypatch.setattr(pretraining, "pretrain", lambda *_, **__: pytest.fail("trained again"))
     monkeypatch.setattr(train_cells, "run_probes", lambda *_, **__: pytest.fail("probed again"))
     assert without_times(make(data, folder, console=Console())) == without_times(summary)
     said = capsys.readouterr().err
@@ -203,15 +203,15 @@ def test_a_table_stopped_between_two_runs_continues(unbroken, data, tmp_path, mo
 
 
 def test_a_run_without_a_plan_is_restarted(unbroken, data, tmp_path, monkeypatch):
-    real = pretrain.pretrain
+    real = pretraining.pretrain
 
     def cut(*arguments, out, **more):
         (out / "checkpoints").mkdir(parents=True)
         (out / "config.json").write_text("{}")
-        monkeypatch.setattr(pretrain, "pretrain", real)
+        monkeypatch.setattr(pretraining, "pretrain", real)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pretrain, "pretrain", cut)
+    monkeypatch.setattr(pretraining, "pretrain", cut)
     assert make(data, tmp_path / "table")["state"] == "stopped"
     assert without_times(make(data, tmp_path / "table")) == without_times(unbroken[1])
 
@@ -305,7 +305,9 @@ def test_the_tokenizer_is_trained_before_cells_that_predict_tokens(data, tmp_pat
 def test_a_given_tokenizer_is_used_instead_of_training_one(data, tmp_path, monkeypatch):
     two_targets(monkeypatch)
     settings = [setting for setting in SMALL if not setting.startswith("method.")]
-    pretrain.pretrain(data, pretrain.PretrainOptions(recipe="dvae_nano", settings=settings), out=tmp_path / "mine")
+    pretraining.pretrain(
+        data, pretraining.PretrainOptions(recipe="dvae_nano", settings=settings), out=tmp_path / "mine"
+    )
     table = make(
         data, tmp_path / "table", table="1d", settings=[*SMALL, "method.decoder.depth=1"], tokenizer=tmp_path / "mine"
     )
@@ -426,13 +428,13 @@ def test_the_page_of_fine_tuned_cells_describes_them(fine_tuned, data, monkeypat
 
 
 def test_a_stopped_fine_tuning_table_continues_with_identical_results(fine_tuned, data, tmp_path, monkeypatch):
-    real = finetune.measure_run
+    real = finetune_run.measure_run
 
     def interrupted(*_, **__):
-        monkeypatch.setattr(finetune, "measure_run", real)
+        monkeypatch.setattr(finetune_run, "measure_run", real)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(finetune, "measure_run", interrupted)
+    monkeypatch.setattr(finetune_run, "measure_run", interrupted)
     stopped = make(data, tmp_path / "table", table="fig9", settings=FINE)
     assert [row["state"] for row in stopped["rows"]] == ["finished", "stopped", "waiting", "waiting"]
     again = make(data, tmp_path / "table", table="fig9", settings=FINE)
@@ -499,7 +501,7 @@ def test_pre_training_gets_two_thirds_of_the_budget(data, tmp_path, monkeypatch)
     ],
 )
 def test_invalid_requests_are_rejected_before_training(data, tmp_path, monkeypatch, change, message):
-    monkeypatch.setattr(pretrain, "pretrain", lambda *_, **__: pytest.fail("trained"))
+    monkeypatch.setattr(pretraining, "pretrain", lambda *_, **__: pytest.fail("trained"))
     with pytest.raises(UserError, match=message):
         make(data, tmp_path / "table", **change)
     assert not (tmp_path / "table" / "ablation.json").exists()

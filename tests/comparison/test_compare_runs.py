@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 from conftest import SMALL_RUN, pretrain, stored, write_images
 
-from unmask.comparison import compare as compare_module
+from unmask.comparison import compare_runs as compare_module
 from unmask.comparison import run_facts
 from unmask.comparison.shared_probes import RankedRun, ranking
 from unmask.errors import UserError
 from unmask.evals.probe_options import ProbeOptions
 from unmask.evals.run_probe import run_probe
-from unmask.interop.export import export_run
+from unmask.interop.export_run import export_run
 from unmask.interop.import_weights import import_weights
 from unmask.results import PRETRAINED, FeatureScore, read_results, to_json
 from unmask.run import Run

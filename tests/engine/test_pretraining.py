@@ -13,11 +13,11 @@ from faults import faults, signal_after
 
 from unmask.config import ConfigError, override
 from unmask.console import Console
-from unmask.engine import pretrain as pretrain_module
+from unmask.engine import pretraining as pretrain_module
 from unmask.engine import resolve, run_training, training_data
+from unmask.engine.continue_run import resume
 from unmask.engine.edit_run import set_values
 from unmask.engine.load import load
-from unmask.engine.resume import resume
 from unmask.engine.samples import BASELINES
 from unmask.engine.train import TrainingFailed
 from unmask.engine.training_data import DataError

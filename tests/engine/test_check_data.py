@@ -6,9 +6,9 @@ import pytest
 from conftest import write_images
 
 from unmask.console import Console
-from unmask.engine import check as module
-from unmask.engine import pretrain
-from unmask.engine.check import check_data
+from unmask.engine import check_data as module
+from unmask.engine import pretraining
+from unmask.engine.check_data import check_data
 
 
 @pytest.fixture(autouse=True)
@@ -45,8 +45,8 @@ def test_number_of_images_is_exact_without_a_sample(images):
 
 def test_forecast_uses_the_plan_of_pretrain(images, tmp_path, monkeypatch):
     _, summary = check_data(str(images), Console(quiet=True), sample=None, workers=0)
-    monkeypatch.setattr(pretrain, "train_and_record", lambda *_: None)
-    run = pretrain.pretrain(images, out=tmp_path / "run")
+    monkeypatch.setattr(pretraining, "train_and_record", lambda *_: None)
+    run = pretraining.pretrain(images, out=tmp_path / "run")
     plan = run.read("plan.json")
     assert (summary["steps"], summary["reasons"]) == (plan["steps"], plan["reasons"])
     assert summary["recipe"] == run.read("config.json")["recipe"]
@@ -55,7 +55,7 @@ def test_forecast_uses_the_plan_of_pretrain(images, tmp_path, monkeypatch):
 
 def test_forecast_uses_the_device_of_the_settings(images, monkeypatch):
     monkeypatch.setattr(
-        "unmask.engine.check.choose_device", lambda asked: "cpu" if asked == "cpu" else pytest.fail(asked)
+        "unmask.engine.check_data.choose_device", lambda asked: "cpu" if asked == "cpu" else pytest.fail(asked)
     )
     _, summary = check_data(str(images), Console(quiet=True), sample=None, workers=0, settings=["train.device=cpu"])
     assert summary["device"] == "cpu"
@@ -64,7 +64,7 @@ def test_forecast_uses_the_device_of_the_settings(images, monkeypatch):
 def test_forecast_caches_and_writes_nothing(images, tmp_path, monkeypatch):
     before = sorted(tmp_path.rglob("*"))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(pretrain.Run, "create", pytest.fail)
+    monkeypatch.setattr(pretraining.Run, "create", pytest.fail)
     code, summary = check_data(str(images), Console(quiet=True), sample=None, workers=2)
     assert code == 0
     assert sorted(tmp_path.rglob("*")) == before

@@ -24,8 +24,8 @@ from unmask.engine.make_plan import (
     make_plan,
 )
 from unmask.engine.measure import Timing, bytes_per_image, example_batch, measure_step_seconds
-from unmask.engine.plan import Plan
 from unmask.engine.time_budget import Budget
+from unmask.engine.training_plan import Plan
 from unmask.method import Loss
 from unmask.recipes.catalogue import AUTO as AUTO_RECIPES
 from unmask.recipes.catalogue import choose, find

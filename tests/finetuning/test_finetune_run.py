@@ -20,9 +20,9 @@ from unmask.data.files.csv_cells import unmarked
 from unmask.engine import resolve
 from unmask.engine.load import load, read_config, read_plan
 from unmask.errors import UserError
-from unmask.finetuning import choose_recipe, configure, final_test, finetune, paper_linear_probe
-from unmask.finetuning.finetune import FinetuneOptions
-from unmask.finetuning.predict import PredictOptions, predict
+from unmask.finetuning import choose_recipe, configure, final_test, finetune_run, paper_linear_probe
+from unmask.finetuning.finetune_run import FinetuneOptions
+from unmask.finetuning.predict_images import PredictOptions, predict
 from unmask.recipes.catalogue import find
 from unmask.results import TestIdentity, read_results, read_score
 from unmask.run import Run
@@ -71,7 +71,7 @@ def pretrained(data, tmp_path_factory):
 def tune(pretrained, data, out, *more, **options):
     options, how = dict(options), {name: options.pop(name) for name in ("budget", "console") if name in options}
     asked = FinetuneOptions(settings=[*QUICK, *more], **options)
-    return finetune.finetune(pretrained.path, str(data), asked, out=out, **how)
+    return finetune_run.finetune(pretrained.path, str(data), asked, out=out, **how)
 
 
 @pytest.fixture(scope="module")
@@ -174,7 +174,7 @@ def test_only_the_last_blocks_are_trained(pretrained, data, tests, tmp_path):
 def test_resumed_run_equals_the_uninterrupted_run(tuned, pretrained, data, tests, tmp_path):
     with error_before(25, KeyboardInterrupt()), pytest.raises(KeyboardInterrupt):
         tune(pretrained, data, tmp_path / "run", "train.checkpoint_every=10", test=str(tests))
-    run = finetune.resume(tmp_path / "run")
+    run = finetune_run.resume(tmp_path / "run")
     whole, again = load(tuned.path).method.state_dict(), load(run.path).method.state_dict()
     assert all(torch.equal(whole[name], again[name]) for name in whole)
     assert [row["step"] for row in run.metrics() if "test_accuracy" in row] == [20, 40]
@@ -188,7 +188,7 @@ def test_resumed_run_repeats_every_kind_of_augmentation(pretrained, data, tests,
     whole = tune(pretrained, data, tmp_path / "whole", *everything, test=str(tests))
     with error_before(5, KeyboardInterrupt()), pytest.raises(KeyboardInterrupt):
         tune(pretrained, data, tmp_path / "run", *everything, test=str(tests))
-    run = finetune.resume(tmp_path / "run")
+    run = finetune_run.resume(tmp_path / "run")
     want, got = load(whole.path).method.state_dict(), load(run.path).method.state_dict()
     assert all(torch.equal(want[name], got[name]) for name in want)
     assert read_score(whole).averaged == read_score(run).averaged
@@ -223,7 +223,9 @@ def test_csv_table_contains_no_spreadsheet_formulas(tuned, tests, tmp_path):
 
 
 def test_unwritable_output_is_reported_before_images_are_read(tuned, tests, tmp_path, monkeypatch):
-    monkeypatch.setattr("unmask.finetuning.predict.open_images", lambda images: pytest.fail("the images were opened"))
+    monkeypatch.setattr(
+        "unmask.finetuning.predict_images.open_images", lambda images: pytest.fail("the images were opened")
+    )
     (tmp_path / "folder.csv").mkdir()
     with pytest.raises(UserError, match="which is a folder; give the name of a file"):
         predict(tuned.path, [str(tests)], tmp_path / "folder.csv", options=ON_CPU, console=QUIET)
@@ -232,7 +234,7 @@ def test_unwritable_output_is_reported_before_images_are_read(tuned, tests, tmp_
 
 
 def test_commands_that_do_not_apply_to_a_classifier_are_rejected(tuned, tests, tmp_path):
-    from unmask.evals.reconstruct import reconstruct_images
+    from unmask.evals.reconstruct_images import reconstruct_images
 
     quiet = Console(quiet=True)
     with pytest.raises(UserError, match=r"was fine-tuned to classify and cannot reconstruct; use `unmask predict"):
@@ -506,9 +508,9 @@ def test_resume_rejects_changed_masks(pretrained, street, tmp_path):
     mask[5] = 1
     Image.fromarray(mask).save(root / "labels" / "train" / "0.png")
     with pytest.raises(UserError, match=r"masks or boxes .* have changed"):
-        finetune.resume(tmp_path / "run")
+        finetune_run.resume(tmp_path / "run")
     shutil.copy(street / "labels" / "train" / "0.png", root / "labels" / "train" / "0.png")
-    assert read_score(finetune.resume(tmp_path / "run")).step == 6
+    assert read_score(finetune_run.resume(tmp_path / "run")).step == 6
 
 
 def test_classes_outside_the_split_are_ignored(pretrained, cells, tmp_path):

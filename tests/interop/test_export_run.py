@@ -21,10 +21,10 @@ from unmask.console import Console
 from unmask.engine import checkpoint
 from unmask.engine.load import load, read_config
 from unmask.errors import UserError
-from unmask.interop import check_export, export
+from unmask.interop import check_export
 from unmask.interop import names as tensor_names
-from unmask.interop.export import export_run
 from unmask.interop.export_common import silence_libraries
+from unmask.interop.export_run import export_run
 from unmask.interop.export_target import ExportError, ExportFailed
 from unmask.interop.find_target import find_target
 from unmask.interop.import_weights import import_weights
@@ -570,7 +570,7 @@ def test_the_graph_accepts_the_files_own_units_and_any_batch_size(tmp_path, meth
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     out, summary = exported(tmp_path, "onnx", method, **changes)
-    for place in (export.__file__, torch.__file__):  # folders of the traced source code
+    for place in (check_export.__file__, torch.__file__):  # folders of the traced source code
         assert str(Path(place).parent).encode() not in out.read_bytes()
     method = load(tmp_path / "run").method
     spec = method.encoder.spec

@@ -1,7 +1,7 @@
 """Pre-train on a folder of images: combine settings, scan files, make the plan, train.
 
 Settings are checked before any file is read, files are checked before the plan is made, and the plan is printed before
-the first step. The loop is in `engine/train.py`; `engine/resume.py` continues a run.
+the first step. The loop is in `engine/train.py`; `engine/continue_run.py` continues a run.
 """
 
 from __future__ import annotations

@@ -25,13 +25,20 @@ from unmask.console import Console
 from unmask.data.annotations.segmentation_masks import MaskOptions, SegmentationMasks
 from unmask.data.scan.scan import Scan
 from unmask.data.sources.source import Source
-from unmask.engine import changed_data, dataset_record, initial_weights, pretrain, resolve, training_data
-from unmask.engine import resume as resume_module
+from unmask.engine import (
+    changed_data,
+    continue_run,
+    dataset_record,
+    initial_weights,
+    pretraining,
+    resolve,
+    training_data,
+)
 from unmask.engine.device import choose_device
 from unmask.engine.load import read_config
-from unmask.engine.plan import Plan
 from unmask.engine.supervision import SupervisedSplit, Supervision
 from unmask.engine.time_budget import Budget, as_budget
+from unmask.engine.training_plan import Plan
 from unmask.errors import UserError
 from unmask.finetuning.annotated import (
     AnnotatedImages,
@@ -197,7 +204,7 @@ def finetune(
         reasons=reasons,
         supervised=split,
     )
-    done = pretrain.start_run(request, out=out, console=console)
+    done = pretraining.start_run(request, out=out, console=console)
     report_result(done, console)
     return done
 
@@ -315,7 +322,7 @@ def resume(
     console = console or Console()
     if places is not None:
         places = moved_places(read_config(Run(run_folder)), places)
-    done = resume_module.resume(
+    done = continue_run.resume(
         run_folder,
         allow_dataset_change=allow_dataset_change,
         places=places,

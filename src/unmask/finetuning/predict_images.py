@@ -25,7 +25,7 @@ from unmask.engine.device import autocast, choose_device
 from unmask.engine.load import Loaded, load
 from unmask.errors import UserError
 from unmask.evals.images import eval_precision, read
-from unmask.evals.reconstruct import open_images
+from unmask.evals.reconstruct_images import open_images
 from unmask.finetuning.prediction_files import WRITERS, Predicted, PredictionFile, require_out
 from unmask.results import PredictResult
 from unmask.task import Task

@@ -5,7 +5,7 @@ import pytest
 import torch
 from sklearn.cluster import KMeans
 
-from unmask.nn.palette import k_means, nearest_colour
+from unmask.nn.colour_palette import k_means, nearest_colour
 
 
 def clouds(count: int = 3000) -> torch.Tensor:
