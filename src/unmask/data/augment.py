@@ -26,10 +26,10 @@ CROP_DRAWS = 2 * TRIES + 2
 SUBPIXELS = 2**16  # box coordinates are multiples of 1 / SUBPIXELS, so that sums of them have no rounding error
 PILLOW = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 PROTOCOL_SHARE, LARGEST_CROPPED = 224 / 256, 224
-Corners = tuple[float, float, float, float]  # Top, left, height, width.
-NEAR_PIXEL, MOST_SKIPPED = 1 / 16, 32  # Pixels, and number of samples: see `_align_to_pixel`.
-LEAST_VALID = 0.5  # Minimum share of the filter's weight on valid pixels for a resampled pixel to be valid.
-LEAST_LEFT = 0.2  # Boxes around objects with a smaller share of their area inside the crop are dropped.
+Corners = tuple[float, float, float, float]  # (top, left, height, width) of a box
+NEAR_PIXEL, MOST_SKIPPED = 1 / 16, 32  # maximum distance in pixels, maximum number of samples
+LEAST_VALID = 0.5  # A resampled pixel is valid if valid pixels have at least this share of the filter's weight.
+LEAST_LEFT = 0.2  # Boxes around objects with less than this share of their area in the crop are dropped.
 
 
 def _ordered(span: tuple[float, float]) -> tuple[float, float]:
@@ -68,8 +68,9 @@ class CropConfig(Settings):
 
 
 def protocol_share(size: tuple[int, int]) -> float:
-    """Return the side of MAE's evaluation crop as a share of the image's shorter side: 0.875 up to 224 pixels, then 1.
+    """Return the side of MAE's evaluation crop as a share of the image's shorter side.
 
+    The share is 0.875 for crops of up to 224 pixels, and 1 for larger crops.
     size: (height, width) of the crop in pixels. Source: `util/datasets.py` of MAE's official code.
     """
     return PROTOCOL_SHARE if min(size) <= LARGEST_CROPPED else 1.0
@@ -87,7 +88,7 @@ def crop_for(crop: CropConfig, size: tuple[int, int], designed: tuple[int, int])
 def center_boxes(sizes: np.ndarray, target: tuple[int, int], share: float = 1.0) -> np.ndarray:
     """Return centred boxes (B, 4) of the target's aspect ratio for images of `sizes` (B, 2).
 
-    share: side of the box, as a share of the largest that fits.
+    share: side of the box, as a share of the side of the largest box that fits.
     """
     return _fixed_boxes(sizes, target, share, np.full((len(sizes), 2), 0.5))
 
@@ -145,10 +146,11 @@ def jitter_colours(images: np.ndarray, strength: float, draws: np.ndarray) -> np
     """Change brightness, contrast and saturation of each image, in this order.
 
     images: (B, H, W, C); the result has the same dtype. draws: (B, 3) uniform in [0, 1), mapped to three factors from
-    1 - strength to 1 + strength. The first multiplies the pixels, the second their distance from the image's mean gray
-    level, and the third their distance from the pixel's own gray level, so saturation does not change gray images. Gray
-    is 0.299 R + 0.587 G + 0.114 B, or the mean of the channels unless there are three. Integer results are clipped to
-    the range of their dtype. Same as torchvision's ColorJitter without hue, except that the order is random there.
+    1 - strength to 1 + strength. Brightness multiplies the pixels, contrast their distance from the image's mean gray
+    level, and saturation their distance from the pixel's own gray level, so saturation does not change gray images. The
+    gray level is 0.299 R + 0.587 G + 0.114 B, or the mean of the channels if there are not three. Integer results are
+    clipped to the range of their dtype. This is torchvision's ColorJitter without hue, except that torchvision applies
+    the changes in random order.
     """
     factors = (1 + strength * (2 * draws - 1)).astype(np.float32)[:, :, None, None, None]  # (B, 3, 1, 1, 1)
     channels = images.shape[3]
@@ -182,18 +184,18 @@ def cut(
 ) -> np.ndarray:
     """Crop `box` from `image` (H, W, C), resample it to `target` (h, w) and flip it: (h, w, C) in the same dtype.
 
-    out: contiguous array to write to; None allocates one. interpolation: "bicubic" or "bilinear", both with
+    out: contiguous array to write to, allocated if None. interpolation: "bicubic" or "bilinear", both with
     antialiasing.
 
     The implementation depends on box and image:
 
     - 8-bit gray or RGB, box in whole pixels: cropped first, as in torchvision's resized crop, then resampled by torch's
       integer kernel, which differs from Pillow by 0.05 levels on average.
-    - 8-bit gray or RGB, box in fractions of pixels, which is the case after a scaled decode: the same kernel if the box
-      can begin within 1/16 of a pixel (nine of ten can; the average difference is 0.3 levels), otherwise Pillow. Both
-      filters also use a few pixels outside the box.
-    - Other channel counts or dtypes: torch in float32, clipped to the range of the cropped pixels, because bicubic
-      interpolation overshoots.
+    - 8-bit gray or RGB, box in fractions of pixels, which is the case after a scaled decode: the same kernel if
+      resampling can start within 1/16 of a pixel from a pixel's edge (true of nine in ten boxes; the average difference
+      from Pillow is 0.3 levels), otherwise Pillow. Both filters also use a few pixels outside the box.
+    - Other channel counts or dtypes: resampled by torch in float32 and clipped to the range of the cropped pixels,
+      because bicubic interpolation overshoots.
     """
     if out is None:
         out = np.empty((*target, image.shape[2]), image.dtype)
@@ -219,7 +221,7 @@ def cut(
         resized = resized[0].permute(1, 2, 0).numpy().clip(part.min(), part.max())
         out[...] = resized.round() if np.issubdtype(image.dtype, np.integer) else resized
     if flip:
-        pixels.copy_(pixels.flip(3))  # ten times faster than NumPy for three channels
+        pixels.copy_(pixels.flip(3))  # torch flips three channels ten times faster than NumPy
     return out
 
 
@@ -235,8 +237,8 @@ def cut_valid(
     """Crop and resample an image with absent pixels; return (h, w, C) pixels and (h, w) bool, True for valid pixels.
 
     image: (H, W, C), finite; valid: (H, W) bool; fill: (C,), the value of absent pixels in the result.
-    Each resampled pixel is the filter's weighted mean over valid pixels only. It is valid if they have at least half of
-    the filter's weight.
+    Each resampled pixel is the filter's weighted mean over valid pixels only. A resampled pixel is valid if at least
+    half of the filter's weight is on valid pixels.
     """
     top, left, height, width = (float(value) for value in box)
     part, part_valid = (_inside(array, (top, left, height, width)) for array in (image, valid))
@@ -269,9 +271,9 @@ def _inside(image: np.ndarray, box: Corners) -> np.ndarray:
 def _cut_from_pixels(
     image: np.ndarray, box: Corners, target: tuple[int, int], interpolation: str = "bicubic"
 ) -> np.ndarray | None:
-    """Do the same as `_cut_fractions` with torch's integer kernel, which is four times faster.
+    """Resample a crop as `_cut_fractions` does, but with torch's integer kernel, which is four times faster.
 
-    None if `_align_to_pixel` finds no pixel to start at, or if torch does not have the kernel.
+    Returns None if `_align_to_pixel` finds no pixel to start at, or if torch does not have the kernel.
     """
     steps = box[2] / target[0], box[3] / target[1]
     rows, columns = _align_to_pixel(box[0], steps[0]), _align_to_pixel(box[1], steps[1])
@@ -283,8 +285,8 @@ def _cut_from_pixels(
     outside = max(0, -y), max(0, -x)
     padded = np.pad(within, ((outside[0], 0), (outside[1], 0), (0, 0)), "edge") if any(outside) else within.copy()
     part = torch.from_numpy(padded)
-    # If the output has as many samples as the input has pixels, the kernel copies the pixels and ignores the step.
-    # Request one more sample in that case.
+    # If the output has as many samples as the input has pixels, the kernel copies the pixels and ignores the step, so
+    # one more sample is requested.
     size = above + target[0], before + target[1]
     more = size[0] + (size[0] == part.shape[0]), size[1] + (size[1] == part.shape[1])
     resized = antialias.resample_by_steps(part.permute(2, 0, 1)[None], more, steps, interpolation)
@@ -294,11 +296,11 @@ def _cut_from_pixels(
 
 
 def _align_to_pixel(first: float, step: float) -> tuple[int, int] | None:
-    """Return (pixel, number of samples to skip) for samples that start at `first`, `step` pixels apart.
+    """Return (pixel to start at, number of samples to discard) for samples that begin at `first`, `step` pixels apart.
 
-    The kernel can only start at a pixel's edge. So it starts a few samples before the box, at the number of samples for
-    which that start is closest to an edge, and these samples are discarded. The pixel may lie outside the image. None
-    if no number up to MOST_SKIPPED gives a distance of at most NEAR_PIXEL.
+    The kernel can only start at a pixel's edge. So resampling starts up to MOST_SKIPPED samples before the box, where a
+    sample begins closest to an edge, and the extra samples are discarded. The pixel to start at may lie outside the
+    image. Returns None if no sample begins within NEAR_PIXEL of an edge.
     """
     begins = [first - skipped * step for skipped in range(1 + MOST_SKIPPED)]
     errors = [abs(begin - round(begin)) for begin in begins]
@@ -307,14 +309,14 @@ def _align_to_pixel(first: float, step: float) -> tuple[int, int] | None:
 
 
 def _reach(step: float) -> int:
-    """Return how many pixels outside a box the filter may use for samples `step` pixels apart, plus one."""
+    """Return one more than the number of pixels outside a box that the filter uses for samples `step` pixels apart."""
     return math.ceil(2 * max(1, step)) + 1
 
 
 def _cut_fractions(
     image: np.ndarray, box: Corners, target: tuple[int, int], interpolation: str = "bicubic"
 ) -> np.ndarray:
-    """Resample a box in fractions of pixels of an 8-bit gray or RGB image with Pillow."""
+    """Resample a box with fractional coordinates from an 8-bit gray or RGB image, using Pillow."""
     # Pillow copies its whole input, at four bytes per pixel, so pass only the pixels that the filter uses.
     part, (top, left, height, width) = _within_reach(image, box, target)
     picture = Image.fromarray(part[:, :, 0] if image.shape[2] == 1 else part)
@@ -366,7 +368,7 @@ def cut_later(
 def cut_map(ids: np.ndarray, box: np.ndarray, target: tuple[int, int], flip: bool) -> np.ndarray:
     """Crop and flip a segmentation mask as `cut` does its image: `ids` (H, W) -> (h, w), the same dtype.
 
-    Each pixel gets the id at its centre (nearest neighbour); IGNORED if the centre lies outside the image.
+    Each pixel gets the id at its centre (nearest neighbour), or IGNORED if the centre lies outside the image.
     """
     rows, ys = _under(box[0], box[2], target[0], ids.shape[0])
     columns, xs = _under(box[1], box[3], target[1], ids.shape[1])

@@ -1,7 +1,7 @@
-"""Resample crops on the training device instead of in the loader (`data.resize=device`). 8-bit images only.
+"""Resample crops of 8-bit images on the training device instead of in the loader (`data.resize=device`).
 
-Pillow's BICUBIC (a = -0.5) or BILINEAR, both with antialiasing, as two matrix products, one for each axis. The
-intermediate result is rounded to whole levels as in Pillow, and results agree with Pillow except for rounding.
+The filter is Pillow's BICUBIC (a = -0.5) or BILINEAR, with antialiasing, applied as one matrix product for each axis.
+The intermediate result is rounded to whole levels as in Pillow, and results agree with Pillow except for rounding.
 """
 
 from __future__ import annotations
@@ -55,7 +55,8 @@ def weights(
 ) -> Tensor:
     """Return the filter weights (B, count, side) of `side` pixels for each of `count` samples along one axis, float32.
 
-    start, length: (B,) of the box; end: (B,) number of image pixels; pixels after them are padding and get weight 0.
+    start, length: (B,), position and length of the box in pixels. end: (B,), number of image pixels; pixels from
+    `end` on are padding and get weight 0.
     """
     scale = (length / count)[:, None, None]  # (B, 1, 1)
     pixel = torch.arange(side, device=start.device, dtype=torch.float32)  # (side,)

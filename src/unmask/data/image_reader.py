@@ -49,10 +49,10 @@ class LoadedBatch:
 
 @dataclass(frozen=True)
 class OpenedImage:
-    """One image between reading and cropping: its full size, with its bytes and header, its pixels, or its error.
+    """One image between reading and cropping: its full size, and either its bytes and header, its pixels, or its error.
 
     size: (H, W) that boxes refer to; for a smaller copy (`pack.py`), the size of the original.
-    valid: (H, W) bool, False for absent pixels, which hold the mean of the data set; None if no pixel is absent.
+    valid: (H, W) bool, False for absent pixels, which hold the mean of the data set, or None if no pixel is absent.
     """
 
     size: tuple[int, int]
@@ -74,7 +74,7 @@ class Annotations(Protocol):
     def cut(
         self, row: int, size: tuple[int, int], box: np.ndarray, target: tuple[int, int], flip: bool
     ) -> dict[str, np.ndarray]:
-        """Return the arrays of one image by the name of their `Batch` field, of the same shapes for every image.
+        """Return the cropped annotations of one image, by `Batch` field; every image gives arrays of the same shapes.
 
         size: full size of the image, checked against that of the annotations. box, target, flip: as in `augment.cut`.
         Raises BadImage.
@@ -87,10 +87,10 @@ class ImageReader:
     """Read, decode, crop and stack images on request. Picklable; everything random comes from `seed`.
 
     training: False crops the centred box without a flip, and raises BadImage for a bad file instead of replacing it.
-    whole: in evaluation, the box is the whole image, stretched to `spec.size`, so that every pixel is evaluated.
+    whole: whether evaluation uses the whole image, stretched to `spec.size`, so that every pixel is evaluated.
     repeats: number of consecutive training samples of the same image.
-    on_device: training images are resampled by `device_crops.to_device` instead; 8-bit gray and RGB only, no jitter.
-    annotations: must include all `rows`.
+    on_device: whether `device_crops.to_device` resamples training images; only for 8-bit gray or RGB without jitter.
+    annotations: masks or boxes of all `rows`.
     note: called with each row before it is read or decoded.
     min_valid: see `DataConfig`.
     """
@@ -125,8 +125,8 @@ class ImageReader:
     def keep_decoded(self) -> None:
         """Decode every image at full size and cache it in memory; workers forked later share the cache.
 
-        Needs rows x H x W x C values of the data set's dtype; the scan reports whether they fit. Images that cannot be
-        decoded are reported when their batch is made.
+        This takes memory for rows x H x W x C values of the data set's dtype. Images that cannot be decoded are
+        reported when their batch is made.
         """
         for row in self.rows.tolist():
             try:
@@ -160,7 +160,7 @@ class ImageReader:
         valid = self._all_valid([one.pop("valid", None) for one in more])
         if valid is not None:
             if crops is None:
-                out[~valid] = self.fill  # colour jitter has changed them
+                out[~valid] = self.fill  # colour jitter has changed absent pixels
             for one, there in zip(more, valid, strict=True):
                 if "maps" in one:
                     one["maps"] = np.where(there, one["maps"], IGNORED).astype(one["maps"].dtype)
@@ -180,7 +180,7 @@ class ImageReader:
         return LoadedBatch(batch, tuple(bad))
 
     def _all_valid(self, maps: list[np.ndarray | None]) -> np.ndarray | None:
-        """Stack the (h, w) bool maps of single images into (B, h, w); None if no pixel is absent."""
+        """Stack the (h, w) bool maps of single images into (B, h, w), or return None if no pixel is absent."""
         if all(valid is None or valid.all() for valid in maps):
             return None
         return np.stack([np.ones(self.spec.size, bool) if valid is None else valid for valid in maps])
@@ -241,9 +241,10 @@ class ImageReader:
     def _take(
         self, row: int, opened: OpenedImage, box: np.ndarray, flip: bool, out: np.ndarray, crop: np.ndarray | None
     ) -> dict[str, np.ndarray]:
-        """Write the crop of a decoded image to `out` (H, W, C); return the arrays that belong to it. Raises BadImage.
+        """Write the crop of a decoded image to `out` (H, W, C); return its annotations and valid pixels.
 
-        crop: (7,), the position of the crop's box in `out` for resampling on the device; None resamples here.
+        crop: (7,), the position of the crop's box in `out` for resampling on the device, or None to resample it here.
+        Raises BadImage.
         """
         if opened.image is None:
             assert opened.fault is not None
@@ -298,7 +299,8 @@ class ImageReader:
     ) -> tuple[int, dict[str, np.ndarray]]:
         """Write a replacement for an unreadable image to `out`; the choice depends only on seed, epoch and row.
 
-        Returns its row and the arrays that belong to it. Raises BadImage if no replacement can be read.
+        Returns the row of the replacement, and its annotations and valid pixels. Raises BadImage if no replacement can
+        be read.
         """
         one = np.array([row]), np.array([epoch])
         for word in words(self.seed, Stream.REPLACE, one[1], one[0], REPLACEMENT_TRIES)[0]:

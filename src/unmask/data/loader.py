@@ -22,7 +22,7 @@ from unmask.data.worker_pool import WorkerPool
 
 
 class BatchIterator(Iterator[LoadedBatch], Protocol):
-    """An iterator of batches; `close` ends the workers that make them."""
+    """An iterator of batches with a method `close`, which ends the workers."""
 
     def close(self) -> None: ...
 

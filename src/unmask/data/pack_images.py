@@ -1,12 +1,13 @@
 """Copy a data set into one tar in which large images are shrunk once, instead of in every epoch.
 
-Random draws do not change. File names, their order, and the labels from folders stay the same. Every smaller copy
-stores the size of its original (`image_header.packed_note`), and crop boxes are drawn in pixels of the original. So a
-run on the copy has exactly the same order, crop boxes, flips and patch masks as a run on the originals.
+File names, their order, and the labels from folders stay
+the same. Every smaller copy stores the size of its original (`image_header.packed_note`), and crop boxes are drawn in
+pixels of the original. A run on the copy therefore has exactly the same order, crop boxes, flips and patch masks as a
+run on the originals.
 
-Four things differ. Pixels change, because images are shrunk and compressed twice. The scan's mean and standard
-deviation change slightly. The fingerprint changes, so a run started on one cannot be resumed on the other. Crops
-smaller than the method's image size have less detail.
+Four things differ. Pixels change, because images are resampled twice and JPEGs compressed twice. The scan's mean and
+standard deviation change slightly. The fingerprint changes, so a run on the originals cannot be resumed on the copy,
+nor the reverse. Crops that have fewer pixels in the copy than the method's image size lose detail.
 
 JPEGs stay JPEGs. Other 8-bit and 16-bit gray or RGB images become PNG, and floats and other channel counts become .npy;
 the file names do not change. Images that are small enough, would not become smaller files, or cannot be read are
@@ -63,7 +64,7 @@ SHRUNK, SMALL, NO_SMALLER, BAD = "shrunk", "small enough", "cannot be made small
 
 @dataclass(frozen=True)
 class Packed:
-    """One image of the tar. `what`: SHRUNK, or why it was copied byte for byte. `fault`: the error of a BAD image."""
+    """One image of the tar. what: SHRUNK, or why it was copied unchanged. fault: the error of a BAD image."""
 
     data: bytes
     what: str
@@ -235,7 +236,7 @@ def _require_same(source: Source, part: Path) -> None:
 
 
 def _packed(source: Source, short_side: int, quality: int, workers: int) -> Iterator[Packed]:
-    """Yield every image in order."""
+    """Yield every image for the tar, in order."""
     if workers <= 0:
         yield from (pack_image(source, row, short_side, quality) for row in range(len(source)))
         return
@@ -264,7 +265,7 @@ def _pack_many(rows: range) -> list[Packed]:
 
 
 def pack_image(source: Source, row: int, short_side: int, quality: int) -> Packed:
-    """Return one image for the tar; see the module docstring. A file that cannot be opened is BAD and has no bytes."""
+    """Return one image for the tar, shrunk or copied. A file that cannot be opened is returned as BAD without bytes."""
     data = b""
     try:
         data = source.read(row)
@@ -296,7 +297,7 @@ def pack_image(source: Source, row: int, short_side: int, quality: int) -> Packe
 
 
 def _target(found: Header, short_side: int) -> tuple[int, int] | None:
-    """Return the size (H, W) to shrink to; None for an image that is small enough."""
+    """Return the size (H, W) to shrink to, or None for an image that is small enough."""
     short = min(found.height, found.width)
     if short <= short_side:
         return None

@@ -26,7 +26,7 @@ class ReadableImages(ImageReader):
             return super().__getitem__(SampleIndices(taken.index[readable], taken.epoch[readable]))
 
     def fault(self, row: int) -> BadImage | None:
-        """Return the error of an unreadable image; None for a readable one."""
+        """Return the error of an unreadable image, or None for a readable one."""
         try:
             super().__getitem__(SampleIndices(np.array([row]), np.zeros(1, np.int64)))
         except BadImage as error:

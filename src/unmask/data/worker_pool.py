@@ -4,9 +4,9 @@ Request number n goes to worker n modulo the number of workers, and results are 
 In the main process, one thread sends requests and another receives results. The training thread only waits on a queue,
 so it notices a signal, a dead worker or a stall at once.
 
-Tensors are sent through one anonymous memory file per worker (Linux: memfd), divided into slots that are reused. Such a
-file does not use /dev/shm, which is limited to 64 MB in Docker containers by default, and it is deleted when the last
-process closes it. On systems without memfd (macOS, Windows, seccomp), tensors are sent through the worker's pipe.
+Tensors are sent through one anonymous memory file per worker (Linux: memfd), divided into slots that are reused. Memory
+files do not use /dev/shm, which is limited to 64 MB in Docker containers by default, and are deleted when the last
+process closes them. On systems without memfd (macOS, Windows, seccomp), tensors are sent through the worker's pipe.
 
 `loader.py` defines batches and their images.
 """
@@ -32,7 +32,7 @@ from unmask.errors import LoadingFailed
 from unmask.system import processes
 from unmask.system.stalls import TICK, VARIABLE, Patience, stall_seconds, write_stacks
 
-READY = 2  # results buffered in the main process
+READY = 2  # maximum number of results buffered in the main process
 
 
 _END = object()
@@ -49,10 +49,10 @@ class _Raised:
 class WorkerPool(Iterator[Result], Generic[Request, Result]):
     """Iterate over the results of `maker.make` for all requests, in order, made by `workers` processes.
 
-    caught: the exception type of `make` that is raised here unchanged. Other exceptions, a dead worker, and no result
-    for `stall_seconds` raise LoadingFailed, which names the worker and the file it was reading. pin: return page-locked
-    tensors. folder: where stack traces of a stalled pool are written. Workers end on `close`, or when the object is
-    garbage-collected.
+    caught: if `make` raises an exception of this type, it is raised here unchanged. Other exceptions, a dead worker,
+    and no result for `stall_seconds` raise LoadingFailed, which names the worker and the file it was reading. pin:
+    return page-locked tensors. folder: where stack traces of a stalled pool are written. Workers end on `close`, or
+    when the object is garbage-collected.
     """
 
     def __init__(
@@ -191,7 +191,7 @@ class _Parts:
         self._hand_over(_END)
 
     def awaited(self) -> WorkerProcess:
-        """Return the worker of the next result."""
+        """Return the worker that makes the next result."""
         return self.workers[self.received % len(self.workers)]
 
     def _hand_over(self, item: object) -> None:
@@ -244,6 +244,6 @@ class _Parts:
 
 @atexit.register
 def _end_open_pools() -> None:
-    """Close all pools before multiprocessing's exit handler, which would wait: workers ignore its SIGTERM."""
+    """Close all pools before multiprocessing's exit handler, which would wait forever: workers ignore SIGTERM."""
     for pool in list(_open_pools):
         pool.close()

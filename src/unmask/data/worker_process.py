@@ -27,7 +27,7 @@ Result = TypeVar("Result", covariant=True)
 
 
 class Maker(Protocol[Request, Result]):
-    """Makes results in a worker process. Must be picklable on systems that spawn processes."""
+    """Object that makes results in worker processes; must be picklable on systems that spawn processes."""
 
     def make(self, request: Request, note: Callable[[int], None]) -> Result:
         """Return one result; call `note` with each row of the source before it is read or decoded."""
@@ -117,14 +117,14 @@ class WorkerProcess:
         return Unpacker(header, content, pin).load()
 
     def _wait(self) -> None:
-        """Wait for data. Raises EOFError for a dead worker, even if other forked workers keep its pipe open."""
+        """Wait for data. Raises EOFError if the worker is dead, even if other forked workers keep its pipe open."""
         ready = connection.wait([self.pipe, self.process.sentinel])
         if self.pipe not in ready and not self.pipe.poll():
             raise EOFError
 
     @property
     def row(self) -> int | None:
-        """The row of the source that the worker is reading or decoding; None if unknown."""
+        """The row of the source that the worker is reading or decoding, or None if unknown."""
         if self.page is None:
             return None
         row = int.from_bytes(self.page[:8], "little")
@@ -133,7 +133,7 @@ class WorkerProcess:
     def end(self) -> None:
         self.process.kill()
         self.process.join(GRACE)
-        if self.process.is_alive():  # blocked in the kernel: multiprocessing must not wait for it
+        if self.process.is_alive():  # the process is blocked in the kernel; do not wait for it
             _forget(self.process)
         self.pipe.close()
         if self.descriptor is not None:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-AHEAD = 4  # requests per worker that are in progress, or finished and not yet received
+AHEAD = 4  # maximum number of requests per worker that are not yet received
 PAGE = mmap.PAGESIZE
 ALIGNMENT = 64  # alignment of every tensor in a slot, in bytes
 
@@ -35,7 +35,7 @@ def _received(duplicate: Any) -> Descriptor:
 
 
 def memory_file() -> int | None:
-    """Create an anonymous file in memory; None if the system does not support it."""
+    """Create an anonymous file in memory, or return None if the system does not support it."""
     if not hasattr(os, "memfd_create"):
         return None
     try:
@@ -104,7 +104,7 @@ def _bytes_of(tensor: Tensor) -> np.ndarray:
 
 
 class Outbox:
-    """The worker's side: sends results, and writes the current row to the first page of the shared file."""
+    """The worker's end: sends results, and writes the current row to the first page of the shared memory file."""
 
     def __init__(self, pipe: Connection, file: Descriptor | None) -> None:
         self.pipe, self.file = pipe, file

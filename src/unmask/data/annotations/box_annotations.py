@@ -8,12 +8,13 @@ Annotations are found automatically (`box_files.py`) in these layouts; otherwise
 With a split, the images are those listed in DATA/ImageSets/Main/SPLIT.txt.
 
 Boxes are (x1, y1, x2, y2) in pixels of the displayed image; (0, 0) is the upper left corner of the first pixel. COCO's
-(x, y, width, height) are converted. VOC counts pixels from 1 and includes the last, so 1 is subtracted from x1 and y1.
+(x, y, width, height) are converted to corners. VOC numbers pixels from 1, and its x2 and y2 are inclusive, so 1 is
+subtracted from x1 and y1 only.
 
 Annotated images without objects are used for training. COCO's crowds and VOC's difficult objects are not used for
-training, and detections of them count neither for nor against a model, as in published results. Boxes outside their
-image or without area are left out. All boxes that are not used are counted. Boxes drawn on the stored pixels of images
-with an EXIF orientation are rotated with the image (`orientation.py`).
+training, and detections of them count neither for nor against a model, as in published results. Boxes without area, and
+boxes with less than half of their area inside the image, are left out. The summary reports how many boxes are not used.
+Boxes drawn on the stored pixels of images with an EXIF orientation are rotated with the image (`orientation.py`).
 """
 
 from __future__ import annotations
@@ -42,8 +43,8 @@ from unmask.data.sources.source import Source
 from unmask.errors import listed
 
 ROUNDING = 1.0  # Pixels that a box may extend outside its image without being reported.
-CORNERS = 0.8  # A note is added if a larger share of the boxes outside their image would fit as corners.
-LEAST_INSIDE = 0.5  # Boxes with a smaller share of their area inside the image are left out.
+CORNERS = 0.8  # Add a note if more than this share of the out-of-image boxes would fit if read as corners.
+LEAST_INSIDE = 0.5  # Boxes with less than this share of their area inside the image are left out.
 OUTSIDE, CUT, EMPTY, ASIDE = "outside", "cut", "empty", "aside"
 REASONS = {
     OUTSIDE: "boxes lie mostly outside their image and are left out",
@@ -57,10 +58,10 @@ REASONS = {
 class BoxAnnotations:
     """The annotated images of `source` and their objects. Implements `image_reader.Annotations`.
 
-    boxes, labels, sizes: (n, 4) float32, (n,) int64 and (H, W) for each annotated row.
+    boxes, labels, sizes: by row, the boxes (n, 4) float32 and classes (n,) int64 of an image, and its size (H, W).
     aside: boxes and labels used neither for training nor for evaluation, by row.
-    faults, faulty: number of boxes, and names of their images, for each of REASONS.
-    missing: names that are annotated or listed without an image.
+    faults, faulty: for each reason in REASONS, the number of boxes and the names of their images.
+    missing: names in the annotations, or in the split list, for which there is no annotated image.
     """
 
     source: Source
@@ -82,7 +83,7 @@ class BoxAnnotations:
 
     @property
     def most(self) -> int:
-        """The largest number of boxes in one image, at least 1; all images are padded to it."""
+        """Largest number of boxes in one image, at least 1; the arrays of all images are padded to this length."""
         return max(1, *map(len, self.boxes.values()))
 
     def cut(
@@ -134,9 +135,9 @@ def open_boxes(
 ) -> BoxAnnotations:
     """Open the images of DATA and the boxes around their objects; images without annotation are left out of `rows`.
 
-    annotations: a COCO file or a folder of VOC files; None searches the layouts of the module docstring.
+    annotations: a COCO file or a folder of VOC files, or None to search the layouts in the module docstring.
     split: name of a list in ImageSets/Main.
-    classes: names, in order, of the model evaluated on these images; None uses the classes of the annotations.
+    classes: names, in order, of the model evaluated on these images, or None to use the classes of the annotations.
     only: the rows to open, None for all.
     Raises BoxError, SourceError.
     """
@@ -195,9 +196,11 @@ def _drawn_on(objects: Objects, head: Header) -> DrawnOn | None:
 
 
 def _drawn_on_stored(boxes: BoxAnnotations, heads: Mapping[int, Header], objects: Mapping[int, Objects]) -> set[int]:
-    """Return the rows whose boxes were drawn on the stored pixels, and add a note. Raises BoxError if this is unclear.
+    """Return the rows whose boxes refer to the stored pixels, and add a note about them.
 
-    heads: headers of the rows to open. objects: objects of all annotated rows, used if those rows leave it unclear.
+    heads: headers of the images to open, by row. objects: annotations of all images by row; images that are not opened
+    are consulted if the sizes of the opened ones do not decide. Raises BoxError if the data set contains both kinds and
+    an image fits both.
     """
     found = {row: _drawn_on(objects[row], head) for row, head in heads.items()}
     stored = {row for row, where in found.items() if where is DrawnOn.STORED}
@@ -231,9 +234,10 @@ def _drawn_on_stored(boxes: BoxAnnotations, heads: Mapping[int, Header], objects
 
 
 def _add(boxes: BoxAnnotations, row: int, objects: Objects, head: Header, *, turn: bool) -> None:
-    """Add the objects of one image, and count those left out. Raises BoxError for a wrong size or an unknown class.
+    """Add the objects of one image, and count those left out.
 
-    turn: whether the boxes refer to the stored pixels and must be rotated.
+    turn: whether the boxes refer to the stored pixels and must be rotated. Raises BoxError for an unknown class, or if
+    the image does not have the size that its annotation states.
     """
     name = boxes.source.names[row]
     size = head.full_size

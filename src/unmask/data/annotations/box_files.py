@@ -17,7 +17,10 @@ COCO_FOLDERS, COCO_BESIDE = ("", "annotations", COCO_IMAGES), ("", "annotations"
 
 
 def find_files(root: Path, annotations: Path | None) -> tuple[Path, Path]:
-    """Return (images, COCO file or folder of XML). Raises BoxError for no annotations or several JSON files."""
+    """Return the folder of images, and the COCO file or the folder of VOC files.
+
+    Raises BoxError if there are no annotations or several JSON files.
+    """
     if annotations is not None:
         if not annotations.exists():
             raise BoxError(f"annotations {annotations} do not exist; expected a COCO .json or a folder of VOC .xml")
@@ -55,7 +58,8 @@ def read_split(file: Path) -> set[str]:
             f"the split list {file} does not exist or cannot be read; "
             + (f"choose one of {', '.join(there)}" if there else "expected a text file with one image name per line")
         ) from None
-    return {line[0] for line in words if line and line[1:] != ["-1"]}  # in VOC, -1 marks images without the class
+    # In the split lists of single classes, -1 marks images without the class.
+    return {line[0] for line in words if line and line[1:] != ["-1"]}
 
 
 def _stem(path: str) -> str:
@@ -63,14 +67,14 @@ def _stem(path: str) -> str:
 
 
 def stem_name(path: str) -> str:
-    """Return the name without folders and extension."""
+    """Return the file name of a path, without folders and extension."""
     return _stem(path).rsplit("/", 1)[-1]
 
 
 def pair(source: Source, objects: Mapping[str, Objects], where: Path) -> tuple[dict[int, str], list[str]]:
-    """Return (key in `objects` for each row of the source, keys without an image), paired by path or else by name.
+    """Pair annotations with images by path, or else by file name.
 
-    Raises BoxError.
+    Returns the key in `objects` for each row of the source, and the keys without an image. Raises BoxError.
     """
     by_path = {_stem(name): row for row, name in enumerate(source.names)}
     by_name: dict[str, list[int]] = {}

@@ -11,7 +11,7 @@ import numpy as np
 
 from unmask.errors import UserError
 
-FRACTIONS = 0.5  # minimum share of boxes given as fractions for a file to be rejected
+FRACTIONS = 0.5  # a file is rejected if at least this share of its boxes is given as fractions
 LONGEST_SHOWN = 60
 
 
@@ -51,7 +51,7 @@ def shown(value: object) -> str:
 def refuse_fractions(objects: dict[str, Objects], where: Path, *, first: int = 0) -> None:
     """Raise BoxError if boxes are fractions of the image's sides, as in YOLO's files, instead of pixels.
 
-    first: the number of the first pixel in the file format, which was subtracted from x1 and y1.
+    first: 0 or 1, the number of the first pixel in the file format; the reader has subtracted it from x1 and y1.
     """
     boxes = np.concatenate([np.zeros((0, 4)), *(one.boxes for one in objects.values())])
     boxes[:, :2] += first
@@ -79,7 +79,7 @@ def four(values: Any, where: str) -> tuple[float, float, float, float]:
 
 
 def size_or_none(height: Any, width: Any) -> tuple[int, int] | None:
-    """Return (H, W), or None if it is missing or zero, which some tools write."""
+    """Return the size (H, W), or None if it is missing or, as in the files of some tools, zero."""
     try:
         size = int(height), int(width)
     except (TypeError, ValueError, OverflowError):
@@ -92,7 +92,7 @@ def _array(boxes: Iterable[tuple[float, float, float, float]]) -> np.ndarray:
 
 
 def corners_written_as_sizes(objects: Iterable[tuple[Objects, tuple[int, int]]]) -> float:
-    """Return the share of boxes outside their image (H, W) that would fit if COCO's numbers were x1, y1, x2, y2."""
+    """Return the share of out-of-image boxes that would fit if COCO's four numbers were x1, y1, x2, y2."""
     leave = fit = 0
     for one, (height, width) in objects:
         x, y, right, bottom = one.boxes.T

@@ -30,7 +30,7 @@ NUMBERED = re.compile(r"^(\d{1,5})\s*[:,;\t ]\s*(\S.*)$")
 
 
 def find_class_files(folders: Sequence[Path]) -> list[Path]:
-    """Return files in these folders that commonly name classes, the most likely first."""
+    """Return the files in these folders that probably contain class names, the most likely first."""
     found = [folder / name for folder in folders for name in NAMES if (folder / name).is_file()]
     found += [file for folder in folders for pattern in PATTERNS for file in sorted(folder.glob(pattern))]
     return list(dict.fromkeys(found))
@@ -46,7 +46,7 @@ def read_class_list(file: Path) -> list[str]:
 
 
 def read_class_file(file: Path) -> dict[int, str]:
-    """Read the name of each id from a file in one of the module's formats. Raises UserError for an unusable file."""
+    """Read the name of each id from a file in one of the formats above. Raises UserError for an unusable file."""
     text = _read(file)
     names = _from_table(text) if file.suffix.lower() == ".csv" else None
     if names is None:
@@ -88,7 +88,7 @@ def _from_lines(lines: list[str]) -> dict[int, str]:
 
 
 def _from_table(text: str) -> dict[int, str] | None:
-    """Read names from a table with a header row; None without one."""
+    """Read names from a table with a header row, or return None without a header row."""
     rows = [[cell.strip() for cell in row] for row in csv.reader(io.StringIO(text)) if row]
     heading = [cell.lower() for cell in rows[0]] if rows else []
     title = next((heading.index(name) for name in TITLES if name in heading), None)

@@ -23,7 +23,7 @@ Id = int | str
 
 @dataclass(frozen=True)
 class _Entry:
-    """One JSON object of a list, and its position for messages."""
+    """One JSON object of a list, and its position in the file for error messages."""
 
     fields: Mapping[str, object]
     where: str
@@ -35,7 +35,7 @@ class _Entry:
         return self.fields[key]
 
     def id(self, key: str) -> Id:
-        """Return the value of a field with an id. Raises BoxError for anything but a whole number or text."""
+        """Return the id stored in a field. Raises BoxError unless it is a whole number or text."""
         value = self.value(key)
         if isinstance(value, float) and value.is_integer():
             return int(value)  # some tools write all numbers as floats
@@ -46,7 +46,7 @@ class _Entry:
 
 @dataclass(frozen=True)
 class _Image:
-    """The file name and the size (H, W) or None of an image."""
+    """File name of an image, and its size (H, W) or None."""
 
     file_name: str
     size: tuple[int, int] | None

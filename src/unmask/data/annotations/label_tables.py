@@ -28,7 +28,7 @@ TARGETS = (CLASSES, MULTILABEL, REGRESSION)
 PATH = "path"
 
 Cell = str | int | float | bool | None
-"""One cell of a table; None for an empty cell."""
+"""One cell of a table, or None for an empty cell."""
 
 
 @dataclass(frozen=True)
@@ -290,7 +290,7 @@ def _empty(cell: Cell) -> bool:
 
 
 def _kind(cells: Sequence[Cell]) -> str:
-    """Return "texts", "0 and 1", "whole numbers" or "fractions", judging by the cells that are not empty."""
+    """Return the kind of a column ("texts", "0 and 1", "whole numbers" or "fractions") from its non-empty cells."""
     present = {cell for cell in cells if not _empty(cell)}
     try:
         numbers = {_number(cell) for cell in present}

@@ -49,7 +49,7 @@ def labels_of(source: Source) -> np.ndarray:
 
 
 def absent_classes(labels: np.ndarray, classes: Sequence[str]) -> str:
-    """Return the classes without images, as text; "" if every class has images."""
+    """Return the classes without images, as text, or "" if every class has images."""
     there = set(np.unique(labels).tolist())
     return listed(name for number, name in enumerate(classes) if number not in there)
 

@@ -22,11 +22,11 @@ VOID = re.compile(
     r"not labell?ed)\b"
 )
 SAMPLES, LONGEST_SIDE = 32, 1024  # Number of masks checked in detail, and their longest side after subsampling.
-SPARSE, FEWEST_SPARSE = 4, 16  # Gray levels if the highest id is at least 16 and 4 times the number of ids.
-BORDERS = 0.9  # Minimum result of `borders` for an id that is probably void.
-LEAST_CLASSES = 4  # With fewer classes, borders are no evidence.
+SPARSE, FEWEST_SPARSE = 4, 16  # Ids are gray levels if the highest is at least 16 and 4 times their number.
+BORDERS = 0.9  # An id is probably void if `borders` returns at least this share.
+LEAST_CLASSES = 4  # With fewer classes, borders do not show which id is void.
 MOST_LEVELS = 16
-CEILING = 0.95  # warn about image sizes at which perfect predictions have a lower mean IoU
+CEILING = 0.95  # warn about image sizes at which perfect predictions have a mean IoU below this
 
 
 def thinned(ids: np.ndarray) -> np.ndarray:
@@ -70,9 +70,9 @@ def likely_void(
 
 
 def borders(samples: Sequence[np.ndarray], one: int, ignored: Sequence[int]) -> float:
-    """Return how often the id `one` borders on the other ids, averaged over them.
+    """Return how often the id `one` borders on another id, averaged over the other ids.
 
-    For each other id, this is the share of the masks that contain it in which `one` borders on it.
+    For each other id, only the masks that contain it are counted.
     """
     beside: Counter[int] = Counter()
     there: Counter[int] = Counter()
@@ -90,7 +90,7 @@ def borders(samples: Sequence[np.ndarray], one: int, ignored: Sequence[int]) -> 
 def ceiling(samples: Sequence[np.ndarray], size: tuple[int, int], count: int) -> np.ndarray:
     """Return the IoU (K,) of perfect predictions at `size` (h, w), evaluated at the size of the masks.
 
-    samples: masks of class numbers and IGNORED. Absent classes are NaN.
+    samples: masks of class numbers and IGNORED. The IoU of a class that occurs in no mask is NaN.
     """
     both, either = np.zeros(count), np.zeros(count)
     for found in samples:
@@ -109,7 +109,10 @@ def ceiling(samples: Sequence[np.ndarray], size: tuple[int, int], count: int) ->
 def size_line(
     samples: Sequence[np.ndarray], size: tuple[int, int], own: tuple[int, int], classes: Sequence[str], patch: int
 ) -> tuple[str, bool]:
-    """Describe the detail that training at `size` (h, w) loses in masks of size `own` (H, W); return (text, much)."""
+    """Describe the detail that training at `size` (h, w) loses in masks of size `own` (H, W).
+
+    Returns the text, and whether to show it as a warning.
+    """
     reach = ceiling(samples, size, len(classes))
     mean = float(np.nanmean(reach)) if np.isfinite(reach).any() else 1.0
     text = f"the model is trained on masks of {size[0]} x {size[1]} pixels; the mask files have {own[0]} x {own[1]}"

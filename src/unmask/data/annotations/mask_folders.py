@@ -17,7 +17,10 @@ class MaskError(UserError):
 
 
 def find_folders(data: str, masks: str | None) -> tuple[str, str, list[Path]]:
-    """Return (images, masks, folders to search for `classes.txt`). Raises MaskError if no masks are found."""
+    """Return the paths of images and masks, and the folders to search for `classes.txt`.
+
+    Raises MaskError if no masks are found.
+    """
     root = Path(data)
     inside = root / IMAGE_FOLDER
     has_images = inside.is_dir()

@@ -32,11 +32,11 @@ def open_masks(
 ) -> SegmentationMasks:
     """Open the images of DATA and their masks; images without a mask are left out of `rows`.
 
-    masks: folder, tar or zip; None searches the layouts described in `segmentation_masks.py`.
-    classes: names, in order, of the model evaluated on these images; None reads `classes.txt`, or numbers the classes.
+    masks: folder, tar or zip, or None to search the layouts described in `segmentation_masks.py`.
+    classes: names, in order, of the model evaluated on these images, or None to read or number them.
     ignored: ids that are not classes, in addition to IGNORED.
     options: see `MaskOptions`.
-    look: False reads no masks now, and requires `classes`.
+    look: whether to read all masks now; False requires `classes`.
     Raises MaskError, SourceError.
     """
     images, folder, beside = find_folders(str(data), None if masks is None else str(masks))
@@ -77,7 +77,10 @@ def _require_values(values: Sequence[int], ignored: Sequence[int]) -> None:
 
 
 def _names(beside: Sequence[Path], options: MaskOptions, maps: SegmentationMasks) -> list[str] | None:
-    """Return class names in the order of ids or values, from `options.names` or `classes.txt`; None without a file."""
+    """Return class names in the order of ids or values, from `options.names` or `classes.txt`.
+
+    None without such a file.
+    """
     if options.names is None:
         file = next((folder / CLASSES_FILE for folder in beside if (folder / CLASSES_FILE).is_file()), None)
         try:
@@ -144,7 +147,7 @@ def _refuse_levels(maps: SegmentationMasks, *, named: bool) -> None:
 
 
 def _proposed_names(beside: Sequence[Path], maps: SegmentationMasks) -> list[str]:
-    """Return a note about a file beside the masks that could name the ids; [] if there is none."""
+    """Return a note about a file beside the masks that could name the ids, or []."""
     for file in find_class_files(beside):
         try:
             names = read_class_file(file)
@@ -160,11 +163,11 @@ def _proposed_names(beside: Sequence[Path], maps: SegmentationMasks) -> list[str
 def _read_all(maps: SegmentationMasks, console: Console) -> dict[int, DrawnOn]:
     """Count the ids of every mask, and compare its size with that of its image. Raises MaskError for unusable masks.
 
-    Returns what the masks of images with an orientation refer to, by row.
+    Returns, by row, whether the mask of an image with an EXIF orientation refers to the displayed or the stored pixels.
     """
     every = max(1, len(maps.places) // mask_advice.SAMPLES)
     drawn: dict[int, DrawnOn] = {}
-    only_levels = 0  # masks with only 255, or 0 and 255
+    only_levels = 0  # number of masks whose only ids are 255, or 0 and 255
     with console.progress("masks", len(maps.places)) as bar:
         for done, (row, place) in enumerate(sorted(maps.places.items()), 1):
             name = maps.masks.names[place]
@@ -198,12 +201,12 @@ def _read_all(maps: SegmentationMasks, console: Console) -> dict[int, DrawnOn]:
 
 
 def _read_headers(maps: SegmentationMasks) -> dict[int, DrawnOn]:
-    """Return what the masks of images with an orientation refer to, by row, from the headers only."""
+    """Return the same as `_read_all`, but read only the headers of the masks and report no errors."""
     drawn: dict[int, DrawnOn] = {}
     for row, place in maps.places.items():
         try:
             head = decode.header(maps.masks.read(place))
-        except BadImage:  # reported when the mask is read
+        except BadImage:  # the error is reported when the mask is read
             continue
         if (where := _drawn_on(maps, row, (head.height, head.width), refuse=False)) is not None:
             drawn[row] = where
@@ -211,10 +214,13 @@ def _read_headers(maps: SegmentationMasks) -> dict[int, DrawnOn]:
 
 
 def _drawn_on(maps: SegmentationMasks, row: int, shape: tuple[int, ...], *, refuse: bool = True) -> DrawnOn | None:
-    """Return what a mask of this shape refers to; None without orientation. Raises MaskError for another size."""
+    """Return whether a mask of this shape refers to the displayed or the stored pixels, or None without orientation.
+
+    Raises MaskError if the mask has neither size.
+    """
     try:
         head = decode.header(maps.source.read(row), maps.source.reading)
-    except BadImage:  # reported by the scan
+    except BadImage:  # the scan reports unreadable images
         return None
     where = drawn_on((shape[0], shape[1]), head)
     if where is DrawnOn.NEITHER and refuse:
@@ -266,8 +272,8 @@ def _require_sound(maps: SegmentationMasks, *, training: bool) -> None:
         shown = listed(str(one) for one in unknown)
         raise MaskError(
             f"the masks of {maps.masks.name} have the unknown id {shown} (in {maps.images[unknown[0]]} of "
-            f"{len(maps.places)}); expected ids {maps.ids[0]} to {maps.ids[-1]} of the {count} classes: name it in "
-            f"{CLASSES_FILE}, or ignore it with --ignore {unknown[0]}"
+            f"{len(maps.places)} masks); expected ids {maps.ids[0]} to {maps.ids[-1]} of the {count} classes: name it "
+            f"in {CLASSES_FILE}, or ignore it with --ignore {unknown[0]}"
         )
     if count > UNKNOWN:
         raise MaskError(

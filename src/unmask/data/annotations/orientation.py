@@ -1,8 +1,9 @@
 """Decide whether annotations of images with an EXIF orientation refer to the displayed image or to the stored pixels.
 
 Images are read as displayed, but many tools draw boxes and masks on the stored pixels. If the orientation swaps height
-and width, the size of the annotation shows which was used. For square images, and images rotated by 180 degrees or
-mirrored, the size does not show it: they are treated like the other images of their data set, or else as displayed.
+and width, the image size stated by the annotation shows to which of the two it refers. For square images, and images
+that are mirrored or rotated by 180 degrees, both have the same size. Their annotations are treated like those of the
+other images, or as referring to the displayed image if all are of this kind.
 
 The orientation is EXIF's 1 to 8, as in `image_header.Header`; 5 to 8 swap height and width.
 """
@@ -21,15 +22,15 @@ class DrawnOn(Enum):
 
     SHOWN = "the image as shown"
     STORED = "the stored pixels"
-    UNKNOWN = "either"  # The image has an orientation, and the size of the annotation agrees with both.
+    UNKNOWN = "either"  # The annotation's size agrees with both the displayed and the stored image.
     NEITHER = "neither"  # The annotation is for another size.
 
 
 def drawn_on(size: tuple[int, int] | None, head: Header, reach: tuple[float, float] = (0, 0)) -> DrawnOn | None:
-    """Return what an annotation refers to; None for an image without orientation.
+    """Return whether an annotation refers to the displayed or the stored pixels; None for images without orientation.
 
     size: (H, W) of the annotated image according to the annotation, or None. reach: largest (y, x) of its boxes, used
-    if size is None.
+    if `size` is None.
     """
     shown = head.full_size
     if head.orientation == 1:

@@ -1,12 +1,12 @@
 """Segmentation masks: for each image, an image of the same size that stores the class of every pixel.
 
-A mask is a gray or palette image, preferably PNG. Its stored numbers are ids, and its colours are ignored. It belongs
-to the image with the same name without extension, in the same sub-folder. Image and mask folders are found
-automatically if they are DATA/images and DATA/labels (or masks, annotations), or DATA = .../images/train and
+A mask is a gray or palette image, preferably PNG. Its stored numbers are ids, and its colours are ignored. A mask
+belongs to the image in the same sub-folder whose name is equal except for the extension. Image and mask folders are
+found automatically if they are DATA/images and DATA/labels (or masks, annotations), or DATA = .../images/train and
 .../labels/train. Otherwise, pass the mask folder.
 
-`classes.txt`, beside the masks or in the folder above, names ids 0, 1, 2 ..., one per line. Without it, classes are
-named by number, and other files that commonly name classes (`class_files.py`) are suggested.
+`classes.txt`, beside the masks or in the folder above, names ids 0, 1, 2 ..., one per line. Without this file, classes
+are named by their number, and other files that commonly name classes (`class_files.py`) are suggested.
 
 Pixels of `ignored` ids are left out of loss and metrics: IGNORED (255) by default, and further ids on request. Classes
 are numbered in the order of the remaining ids. Alternatively, `MaskOptions.values` lists the ids that are classes,
@@ -39,11 +39,11 @@ UNKNOWN = 254  # class number of ids that are neither a class nor ignored
 
 @dataclass(frozen=True)
 class MaskOptions:
-    """How masks are read, apart from the ignored ids.
+    """Settings for reading masks, except for the ignored ids.
 
-    values: the ids that are classes, in the order of the classes; () for all ids that are not ignored.
-    names: a file with the class names; None for `classes.txt`.
-    stored: whether masks refer to the stored pixels of images with an EXIF orientation; None detects it.
+    values: the ids that are classes, in the order of the classes, or () for all ids that are not ignored.
+    names: a file with the class names, or None for `classes.txt`.
+    stored: whether masks refer to the stored pixels of images with an EXIF orientation, or None to detect it.
     """
 
     values: tuple[int, ...] = ()
@@ -55,7 +55,7 @@ class MaskOptions:
 class SegmentationMasks:
     """The images of `source` that have a mask, and their masks. Implements `image_reader.Annotations`.
 
-    places: the row in `masks` for each row of images with a mask.
+    places: for each row of `source` with a mask, the row of that mask in `masks`.
     pixels, images: number of pixels and of masks with each id; empty if the masks were not read.
     values, stored: as in `MaskOptions`.
     notes: likely mistakes in the masks, with the option that fixes each.
@@ -89,7 +89,7 @@ class SegmentationMasks:
 
     @property
     def ids(self) -> list[int]:
-        """The id of each class in the files."""
+        """Id of each class, as stored in the mask files."""
         return list(self.values) or first_ids(len(self.classes), self.ignored)
 
     def read(self, row: int) -> np.ndarray:
@@ -105,7 +105,7 @@ class SegmentationMasks:
         return found
 
     def _turned(self, row: int, ids: np.ndarray) -> np.ndarray:
-        """Rotate a mask of the stored pixels like its image."""
+        """Apply the EXIF orientation of the image to a mask that refers to the stored pixels."""
         return exif.apply_orientation(ids, decode.header(self.source.read(row)).orientation) if self.stored else ids
 
     def cut(
@@ -153,7 +153,10 @@ class SegmentationMasks:
         return lines + self.notes
 
     def size_line(self, size: tuple[int, int], patch: int) -> tuple[str, bool]:
-        """Describe the detail lost at the model's size (h, w); return (text, whether that is much)."""
+        """Describe the detail lost at the model's size (h, w).
+
+        Returns the text, and whether to show it as a warning.
+        """
         own = tuple(int(side) for side in np.median(np.array(self.sizes), axis=0))
         found = [self._numbers()[ids] for ids in self.samples]
         return mask_advice.size_line(found, size, (own[0], own[1]), self.classes, patch)

@@ -1,6 +1,6 @@
 """Random splits of labelled images, as pure functions of the seed and the images' rows.
 
-So all probes, encoders and fine-tuning runs use the same split, whichever files cannot be read.
+All probes, encoders and fine-tuning runs therefore use the same split, even if some files cannot be read.
 """
 
 from __future__ import annotations
@@ -10,10 +10,11 @@ import numpy as np
 from unmask.rng import Stream, words
 
 HELD_OUT = 0.2
-HOLD_OUT_FOR_TEST, SHOTS, HOLD_OUT_FOR_C, VOTES = 0, 1, 2, 4  # Purposes of a split; each uses its own generator epoch.
+# Purposes of a split; each uses its own epoch of the random generator.
+HOLD_OUT_FOR_TEST, SHOTS, HOLD_OUT_FOR_C, VOTES = 0, 1, 2, 4
 HOLD_OUT_FOR_LAYER = (3, 5, 6, 7, 8)  # One per round.
 HOLD_OUT_FOR_RATE = 9
-FIRST_DRAW = 1000  # generator epochs from this number on are for repeated random draws of the shots
+FIRST_DRAW = 1000  # generator epochs from this number on are for repeated draws of the labels (shots)
 
 
 def hold_out(labels: np.ndarray, rows: np.ndarray, seed: int, purpose: int) -> tuple[np.ndarray, np.ndarray]:

@@ -11,7 +11,7 @@ from unmask.data.files.text_files import TextError, decode_xml
 
 
 def read_voc(folder: Path) -> tuple[dict[str, Objects], list[str]]:
-    """Return the objects by path of the XML file in the folder, and the sorted class names. Raises BoxError."""
+    """Return the objects of each XML file, by its path in the folder, and the sorted class names. Raises BoxError."""
     objects: dict[str, Objects] = {}
     for file in sorted(folder.rglob("*.xml")):
         try:

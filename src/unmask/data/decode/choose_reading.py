@@ -1,4 +1,4 @@
-"""Decide for a whole data set whether tagged bands are alpha, and the order of axes, which one file may leave open."""
+"""Decide for a whole data set whether tagged bands are alpha, and which axis is the channel axis."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def choose_reading(source: Source, rows: Sequence[int]) -> tuple[Reading, tuple[
     try:  # in a separate process, because one of these files may crash a decoder
         return call_in_process(_settled, source, rows, memory=limits.MAX_DECODE_BYTES + SLACK, seconds=SECONDS)
     except (TooSlow, Crashed, MemoryError):
-        return source.reading, ()  # leave the decision to each file
+        return source.reading, ()  # `auto` is then decided for each file
 
 
 def _settled(source: Source, rows: Sequence[int]) -> tuple[Reading, tuple[str, ...]]:
@@ -55,7 +55,7 @@ def _tagged(source: Source, rows: list[int], reading: Reading) -> tuple[Reading,
     for row in rows:
         try:
             values = alpha_values(source.read(row))
-        except (BadImage, MemoryError):  # the scan reports it
+        except (BadImage, MemoryError):  # the scan reports unreadable files
             continue
         if values is not None and values.any():
             real, bands = (real + 1, bands) if is_alpha(values) else (real, bands + 1)

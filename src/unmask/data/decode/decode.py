@@ -5,8 +5,8 @@ several 16-bit or float samples, or any number of bands, need the optional tifff
 
 EXIF orientation is applied. 16-bit images stay uint16. Floats and integers of other widths become float32 with their
 values unchanged (Pillow's conversion to RGB would clip them). Alpha is composited on white. Palette, CMYK and 1-bit
-images become RGB or gray. The header is read, and limits are checked, before memory for the pixels is allocated.
-`header` and `decode` always agree.
+images become RGB or gray. The header is read, and limits are checked, before memory for the pixels is allocated. The
+functions `header` and `decode` always agree on size, channels and dtype.
 
 A .npy with three axes is (H, W, C), or (C, H, W) if its first axis is smaller than both others; where both the
 first and the last axis are long, `reading.axes_of` decides.
@@ -16,9 +16,9 @@ PNG checksums are verified. WebP, GIF, BMP and TIFF have no checksums, so damage
 JPEGs with extra bytes between segments or before the end marker, or without an end marker, are accepted if all blocks
 of the image are present; see `jpeg_repair.py`.
 
-In the scan, a file may use 512 MiB including its own bytes, as estimated from its header (`Header.memory`). That is
-enough for 100 megapixels as 8-bit JPEG, PNG, BMP, GIF or TIFF in strips, for 53 in 16-bit colour, and for about 30 as
-WebP. The loader decodes into one array, which needs additional memory.
+In the scan, a file may use 512 MiB including its own bytes, as estimated from its header (`Header.memory`). This limit
+allows 100 megapixels as 8-bit JPEG, PNG, BMP, GIF or TIFF in strips, 53 in 16-bit colour, and about 30 as WebP.
+The loader decodes into one array, which needs additional memory.
 
 Reason codes: EMPTY NOT_IMAGE FORMAT_NOT_ALLOWED HEADER_BAD TRUNCATED CORRUPT TOO_MANY_PIXELS TOO_LARGE_FILE
 EXTREME_ASPECT UNSUPPORTED_MODE MISMATCHED_CHANNELS MISMATCHED_DTYPE TIMEOUT; and from the sources PERMISSION VANISHED
@@ -47,7 +47,7 @@ FILE_FORMATS: tuple[FileFormat, ...] = (jpeg.FORMAT, npy.FORMAT, png.FORMAT, tif
 
 
 def header(data: bytes, reading: Reading = DEFAULT) -> Header:
-    """Return size, channels and dtype under `reading`, without decoding.
+    """Return the size, channels and dtype that `decode` would give under `reading`, without decoding the file.
 
     Exception: a TIFF is decoded if only its values show whether a band is alpha, and `reading` leaves that open.
     Raises BadImage for a damaged header, and for files above the limits of `limits.py`.
@@ -79,8 +79,8 @@ def decode(
     """Return (H, W, C) uint8, uint16 or float32, contiguous.
 
     at_least: (h, w) in displayed orientation; JPEGs are decoded at the smallest of 1/8, 1/4, 1/2 and full size that is
-    not below it, a choice that depends only on the file and `at_least`.
-    found: the header of `data` if already read, in place of `reading`.
+    at least as large, a choice that depends only on the file and `at_least`.
+    found: the header of `data`, if it was already read; `reading` is then ignored.
     tolerated: a list to which harmless faults are appended.
     Raises BadImage.
     """

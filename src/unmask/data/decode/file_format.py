@@ -20,10 +20,10 @@ class FileFormat:
     """One file format, or several that are read by the same functions.
 
     names: values of `Header.format`.
-    starts: first bytes of a file; () accepts any file.
+    starts: first bytes of a file, or () to accept any file.
     read_header: see `decode.header`.
-    pieces: yields the stored image in pieces of a few rows, for large images; None if not supported.
-    decode: takes the arguments of `decode.decode` and returns the stored image; None joins the pieces.
+    pieces: yields the stored image in pieces of a few rows, for large images, or None if not supported.
+    decode: takes the arguments of `decode.decode` and returns the stored image, or None to join the pieces.
     """
 
     names: tuple[str, ...]
@@ -33,5 +33,5 @@ class FileFormat:
     decode: Decode | None = None
 
     def can_read_pieces(self, header: Header) -> bool:
-        """Whether `pieces` can read a file with this header; of a TIFF, it can only read one page."""
+        """Whether `pieces` can read a file with this header; a TIFF must have only one page to read."""
         return self.pieces is not None and len(header.pages) <= 1

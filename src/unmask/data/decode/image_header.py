@@ -52,7 +52,7 @@ def packed_note(size: tuple[int, int], full_size: tuple[int, int]) -> bytes:
 
 
 def original_size(note: bytes, size: tuple[int, int]) -> tuple[int, int] | None:
-    """Return the original's size from the note of an image of this `size`, both as displayed; None if invalid."""
+    """Return the original's size from the note of an image of this `size`, both as displayed, or None."""
     found = PACKED.fullmatch(note)
     if found is None or (int(found[1]), int(found[2])) != size:
         return None

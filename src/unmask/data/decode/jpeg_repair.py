@@ -21,7 +21,7 @@ from unmask.data.decode.layout import TOLERATED
 STANDALONE = {0x01, *range(0xD0, 0xD8)}  # markers without a length
 END = b"\xff\xd9"
 EXTRANEOUS = re.compile(r"Corrupt JPEG data: (\d+) extraneous bytes before marker 0xd9")
-READ_AHEAD = 8  # Bytes in libjpeg's bit buffer, which its number of extraneous bytes does not include.
+READ_AHEAD = 8  # Bytes in libjpeg's bit buffer, which its message does not count as extraneous.
 MOST_LEFTOVER = 1 << 16  # Maximum number of leftover bytes to parse; a longer leftover must be padding.
 
 Decode = Callable[[bytes], object]
@@ -45,7 +45,7 @@ class _Parts:
 
 
 def repaired(data: bytes, decode: Decode) -> tuple[bytes, tuple[str, ...]] | None:
-    """Return (JPEG without junk, its faults of `layout.TOLERATED`); None if damage cannot be ruled out.
+    """Return the JPEG without junk and its faults from `layout.TOLERATED`, or None if damage cannot be ruled out.
 
     The returned JPEG has passed the strict decoder `decode`.
     """
@@ -120,7 +120,7 @@ def _without_padding(scan: bytes) -> bytes:
 
 
 def _complaint(data: bytes, decode: Decode) -> str:
-    """Return the error message of the strict decoder for these bytes; "" if it accepts them."""
+    """Return the error message of the strict decoder for these bytes, or "" if it accepts them."""
     try:
         decode(data)
     except ValueError as error:
@@ -129,7 +129,7 @@ def _complaint(data: bytes, decode: Decode) -> str:
 
 
 def _end_of_image(parts: _Parts, at_most: int, decode: Decode) -> int | None:
-    """Return the smallest number of bytes of the last scan that decode strictly to the whole image; None for damage."""
+    """Return the smallest number of bytes of the last scan that decode strictly to the whole image, or None."""
 
     def whole(end: int) -> bool:
         return _complaint(parts.head + parts.scan[:end] + END, decode) == ""
@@ -188,7 +188,7 @@ def _parses_to_the_end(bits: str, place: int, tables: _Tables, seen: set[int]) -
 def _block(
     bits: str, place: int, direct: dict[tuple[int, int], int], alternating: dict[tuple[int, int], int]
 ) -> int | None:
-    """Return the end of the block that begins at `place`; None if it is invalid or extends past the last bit."""
+    """Return the end of the block that begins at `place`, or None if it is invalid or extends past the last bit."""
     coefficient = 0
     while coefficient < 64:
         table = alternating if coefficient else direct
@@ -211,7 +211,7 @@ def _block(
 
 
 def _tables(head: bytes) -> _Tables | None:
-    """Return the tables of a sequential JPEG with one scan; None for other JPEGs, which cannot be parsed by blocks."""
+    """Return the tables of a sequential JPEG with one scan, or None for other JPEGs, which cannot be parsed."""
     found, sampling = _Tables(), {}
     scans = 0
     for marker, body in _segments(head):
@@ -240,7 +240,7 @@ def _segments(head: bytes) -> Iterator[tuple[int, bytes]]:
 
 
 def _read_huffman_tables(body: bytes, found: _Tables) -> None:
-    """Add the Huffman tables of one DHT segment to `found`. AC tables have numbers from 16 on, as in the segment."""
+    """Add the Huffman tables of one DHT segment to `found`. AC tables are numbered from 16 on, as in DHT."""
     place = 0
     while place + 17 <= len(body):
         counts, table = body[place + 1 : place + 17], {}

@@ -20,7 +20,7 @@ class Layout:
     """Layout of one file.
 
     bands: samples per pixel as stored, including alpha; 0 if not recorded.
-    alpha: how the alpha channel is read; "" without an alpha channel.
+    alpha: how the alpha channel is read, or "" without an alpha channel.
     pages: number of images in the file, without copies of lower resolution.
     page_use: which of several pages are read.
     axes: the order of the axes of a .npy with three axes.

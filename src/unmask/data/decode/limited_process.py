@@ -1,6 +1,6 @@
 """Call a function in a separate process with limits on memory and time, for files that may crash a decoder.
 
-On Linux only; on other systems the function is called in this process, without limits.
+The limits apply on Linux only; on other systems the function is called in this process, without limits.
 """
 
 from __future__ import annotations

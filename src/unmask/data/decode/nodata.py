@@ -1,9 +1,9 @@
 """Find and fill absent pixels, for which an image has no data.
 
 A GeoTIFF declares the value of such pixels in a tag (GDAL_NODATA, for example -9999, -32768 or 65535). In float images,
-NaN and infinity also mark absent pixels. Treated as data, they would distort the loss and the mean and standard
-deviation that are stored with the encoder, so they are left out of all three. In the images they are replaced by the
-data set's mean, which is 0 after normalisation.
+NaN and infinity also mark absent pixels. Absent pixels would distort the loss and the stored mean and standard
+deviation, so they are left out of all three. In the images they are replaced by the data set's mean, which is 0 after
+normalisation.
 
 A float pixel is absent if any of its channels is absent. An integer pixel is absent only if all channels have the
 declared value, because 0 or 255 in one channel is an ordinary colour.
@@ -30,21 +30,21 @@ PALETTE = 3  # TIFF's photometric interpretation
 
 
 def declared(data: bytes) -> float | None:
-    """Return the value of absent pixels declared by a TIFF's GDAL_NODATA tag; None without such a tag.
+    """Return the value of absent pixels declared by a TIFF's GDAL_NODATA tag, or None without such a tag.
 
-    Also None for palette images, and for values that are not numbers.
+    Returns None for palette images, and for values that are not numbers.
     """
     if not data.startswith(TIFF_STARTS):
         return None
     try:
         page = read_pages(data, most=1)[0]
         return None if page.first(262, 1) == PALETTE else float(page.nodata.split(b"\0")[0])
-    except (struct.error, OverflowError, ValueError):  # a damaged directory; no tag; text that is not a number
+    except (struct.error, OverflowError, ValueError):  # damaged directory, no tag, or text that is not a number
         return None
 
 
 def valid_pixels(pixels: np.ndarray, nodata: Nodata, declared: float | None) -> np.ndarray | None:
-    """Return (H, W) bool for decoded pixels (H, W, C), False for absent pixels; None if no pixel is absent.
+    """Return (H, W) bool for decoded pixels (H, W, C), False for absent pixels, or None if no pixel is absent.
 
     declared: the value of absent pixels that the file declares.
     Raises BadImage for NaN or infinity if `nodata` is None.
@@ -72,7 +72,7 @@ def valid_pixels(pixels: np.ndarray, nodata: Nodata, declared: float | None) -> 
 
 
 def _equal(pixels: np.ndarray, value: float) -> np.ndarray | None:
-    """Return which pixels have this value in their own dtype; None if none has."""
+    """Return a map of the pixels that equal `value`, compared in their own dtype, or None if there are none."""
     if pixels.dtype != np.float32:
         if not value.is_integer() or not 0 <= value <= np.iinfo(pixels.dtype).max:
             return None

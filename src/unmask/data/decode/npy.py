@@ -16,7 +16,7 @@ from unmask.data.decode.reading import Reading, axes_of
 
 
 def _npy_layout(data: bytes) -> tuple[tuple[int, ...], bool, np.dtype, int]:
-    """Return (shape, Fortran order, dtype, offset of the values)."""
+    """Parse the header; return the shape, True for Fortran order, the dtype, and the offset of the values."""
     file = io.BytesIO(data)
     try:
         version = np.lib.format.read_magic(file)
@@ -54,7 +54,7 @@ def read_header(data: bytes, reading: Reading) -> Header:
 
 
 def npy_shape(data: bytes) -> tuple[int, ...]:
-    """Return the shape that a .npy declares; () for other files. Raises BadImage for a damaged header."""
+    """Return the shape that a .npy declares, or () for other files. Raises BadImage for a damaged header."""
     return _npy_layout(data)[0] if data[:6] == NPY_START else ()
 
 

@@ -73,7 +73,7 @@ def join_pieces(parts: Iterator[np.ndarray], height: int) -> np.ndarray:
 def dtype_of(dtype: np.dtype) -> str:
     """Return the dtype of decoded pixels: uint8 for bool, unchanged for uint8 and uint16, float32 for other numbers.
 
-    It depends only on the type, not on the values, so that all files of a data set agree.
+    The result depends only on the dtype, not on the values, so that all files of a data set agree.
     """
     if dtype.kind not in "biuf":
         raise BadImage("UNSUPPORTED_MODE", f"got an array of {dtype}; expected integers or floats")

@@ -104,7 +104,7 @@ def read_pieces(data: bytes, found: Header) -> Iterator[np.ndarray]:
 
 
 def _images(data: bytes, found: Header) -> list[Image.Image]:
-    """Decode with Pillow to one image, or for 16-bit colour to two, with the high and the low bytes of the samples.
+    """Decode with Pillow; return one image, or for 16-bit colour two: the high and the low bytes of the samples.
 
     16-bit gray with alpha has no raw modes, but its pixels have four bytes, so it is decoded as 8-bit RGBA.
     """

@@ -15,20 +15,21 @@ import numpy as np
 from unmask.settings import Settings
 
 AXES_CHANNELS = 16  # An axis of at most this length is assumed to be the channels.
-EDGE_SHARE, OPAQUE_SHARE = 0.5, 0.01  # Minimum shares in an alpha channel of values 0 or opaque, and of opaque values.
+# A channel is alpha if at least half of its values are 0 or opaque, and at least 1 % are opaque.
+EDGE_SHARE, OPAQUE_SHARE = 0.5, 0.01
 
 
 class Reading(Settings):
     """How files are decoded to arrays.
 
-    alpha: composite it on white, drop it, or keep it as a band. auto composites, but keeps the band if a TIFF's alpha
-    channel contains data.
+    alpha: whether to composite alpha on white, drop it, or keep it as a band. auto composites, but keeps the band if a
+    TIFF's alpha channel contains data.
     pages: which pages of a TIFF to read: the first, all as channels, or all as separate images (samples). auto reads
     the full resolution of a pyramid, pages as channels if ImageJ or OME metadata declares them so, otherwise the first.
     axes: the order of the axes of a .npy with three axes.
     nodata: which pixels are absent (`nodata.py`): for "auto", those with the value that a TIFF declares, and NaN or
     infinity in float images; for a number, also those with that value; for None, no pixels.
-    tagged: whether a TIFF's band tagged as alpha is alpha or data if alpha=auto; for auto, decided for each file.
+    tagged: for alpha=auto, whether a TIFF's band that is tagged as alpha contains alpha or data; auto decides per file.
     """
 
     alpha: Literal["auto", "composite", "drop", "band"] = "auto"
@@ -54,13 +55,13 @@ def is_alpha(values: np.ndarray) -> bool:
 
 
 def axes_of(shape: tuple[int, ...], reading: Reading) -> str:
-    """Return "HWC" or "CHW" for a shape with three axes."""
+    """Return the order of axes ("HWC" or "CHW") of an array with this shape."""
     if reading.axes in ("HWC", "CHW"):
         return reading.axes
     first, middle, last = shape
     if reading.axes == "smallest-first":
         return "CHW" if first < min(middle, last) else "HWC"
-    if is_ambiguous(shape):  # many bands are usually last, unless the other two axes have equal lengths
+    if is_ambiguous(shape):  # bands are usually the last axis, unless the other two axes are equal
         return "CHW" if middle == last != first else "HWC"
     return "CHW" if first < min(middle, last) else "HWC"
 
@@ -71,7 +72,10 @@ def is_ambiguous(shape: tuple[int, ...]) -> bool:
 
 
 def axes_of_several(shapes: list[tuple[int, ...]]) -> tuple[str, str]:
-    """Return the order of axes of a data set, and the reason: the channel axis has the same length in every file."""
+    """Return the order of axes of a data set, and the reason.
+
+    The channel axis is the one that has the same length in every file.
+    """
     first, last = {shape[0] for shape in shapes}, {shape[-1] for shape in shapes}
     if len(first) > 1 and len(last) == 1:
         return "HWC", "the last axis has the same length in all of them"

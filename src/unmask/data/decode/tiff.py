@@ -26,7 +26,10 @@ NO_LOG = logging.NullHandler()  # without a handler, tifffile's warnings about t
 
 @dataclass(frozen=True)
 class _Tiff:
-    """Tags of one page. They decide which library reads it. kind: sample format, 1 unsigned, 2 signed, 3 float."""
+    """Tags of one page, which decide whether Pillow or tifffile reads it.
+
+    kind: sample format; 1 for unsigned integers, 2 for signed integers, 3 for floats.
+    """
 
     height: int
     width: int
@@ -102,7 +105,7 @@ def read_header(data: bytes, reading: Reading) -> Header:
     height, width = (tiff.height, tiff.width) if tiff.orientation < 5 else (tiff.width, tiff.height)
     alpha = ""
     if tiff.alpha:
-        refuse_large(height, width, tiff.samples)  # before any value is decoded
+        refuse_large(height, width, tiff.samples)  # because the next line may decode the page
         alpha = _tiff_alpha_use(data, chosen.pages[0], tiff, reading)
     channels = tiff.samples - (alpha in ("composited", "dropped"))
     if tiff.plain and (tiff.photometric == 3 or tiff.photometric == 5):
@@ -130,7 +133,7 @@ def read_header(data: bytes, reading: Reading) -> Header:
 
 
 def _tiff_memory(tiff: _Tiff, page: Page, alpha: str, pages: int) -> int:
-    """Return the peak bytes of decoding, including strips or tiles, which may have any size."""
+    """Return the peak memory of decoding in bytes, including strips or tiles, which may have any size."""
     pixels = tiff.height * tiff.width
     values = pixels * tiff.samples * -(-tiff.bits // 8)
     if _needs_tifffile(tiff, alpha):
@@ -145,7 +148,10 @@ def _tiff_memory(tiff: _Tiff, page: Page, alpha: str, pages: int) -> int:
 
 
 def _tiff_alpha_use(data: bytes, page: Page, tiff: _Tiff, reading: Reading) -> str:
-    """Return the `Layout.alpha` of a last sample tagged as alpha: GDAL and others tag any fourth band as alpha."""
+    """Return the `Layout.alpha` of a TIFF whose last sample is tagged as alpha.
+
+    The sample may still be data, because GDAL and others tag any fourth band as alpha.
+    """
     if reading.alpha != "auto":
         use = alpha_use(reading)
     elif tiff.kind == 3 and tiff.photometric < 2:
@@ -165,7 +171,7 @@ def _tiff_alpha_use(data: bytes, page: Page, tiff: _Tiff, reading: Reading) -> s
 
 
 def _tagged_values(data: bytes, page: Page, tiff: _Tiff) -> np.ndarray:
-    """Return the last sample (H, W)."""
+    """Return the values (H, W) of the last sample, which is tagged as alpha."""
     data = starting_at(data, page.offset)
     if _needs_tifffile(tiff, "band"):
         return _tiff_bands(data, tiff, "band")[:, :, -1]
@@ -174,7 +180,7 @@ def _tagged_values(data: bytes, page: Page, tiff: _Tiff) -> np.ndarray:
 
 
 def alpha_values(data: bytes) -> np.ndarray | None:
-    """Return the last sample (H, W) of a TIFF that is tagged as alpha but may be data; None for other files."""
+    """Return the last sample (H, W) of a TIFF that is tagged as alpha but may be data, or None for other files."""
     if not data.startswith(TIFF_STARTS):
         return None
     page = choose(_tiff_pages(data, MOST_PAGES), DEFAULT).pages[0]

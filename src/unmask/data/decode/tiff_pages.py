@@ -20,13 +20,13 @@ from unmask.data.decode.reading import Reading
 TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # classic and BigTIFF, in both byte orders
 TAGS = (254, 256, 257, 258, 262, 274, 277, 278, 284, 338, 339)
 DESCRIPTION, SUB_DIRECTORIES, GDAL_NODATA = 270, 330, 42113
-LONGEST = {DESCRIPTION: 1 << 20, GDAL_NODATA: 64}  # Maximum number of bytes to read of a text.
-MOST_ENTRIES = 4096  # Maximum in one directory; a few dozen are usual.
+LONGEST = {DESCRIPTION: 1 << 20, GDAL_NODATA: 64}  # Maximum number of bytes to read from a text tag.
+MOST_ENTRIES = 4096  # Maximum number of entries in one directory; a few dozen are usual.
 MOST_ENTRIES_IN_ALL = 100_000
 MOST_PAGES = 4096
 MOST_VALUES = 65535
-REDUCED, MASK = 1, 4  # Bits of tag 254.
-LEVEL_SHARE = 0.75  # A page with the shape of another and at most this share of its width is a smaller copy.
+REDUCED, MASK = 1, 4  # Bits of tag 254 (NewSubfileType).
+LEVEL_SHARE = 0.75  # A page is a smaller copy of another of the same shape if its sides are at most this share.
 
 Tags = dict[int, tuple[int, ...]]
 
@@ -145,7 +145,7 @@ def _directory(data: bytes, start: int, order: str, big: bool, bounds: _Bounds) 
 
 
 def starting_at(data: bytes, offset: int) -> bytes:
-    """Return the same file with the directory at `offset` as its first."""
+    """Return a copy of the file whose first directory is the one at `offset`."""
     order = "<" if data[:2] == b"II" else ">"
     place, letter = (8, "Q") if data[2:4] in (b"+\0", b"\0+") else (4, "I")
     if struct.unpack_from(order + letter, data, place)[0] == offset:
@@ -169,7 +169,7 @@ def choose(pages: list[Page], reading: Reading) -> Chosen:
     channels = alike if reading.pages == "channels" else _channels(first.description, alike, full.first(277, 1))
     if len(channels) > 1:
         return Chosen(tuple(channels), count, "channels")
-    if first not in images:  # a thumbnail
+    if first not in images:  # the first page is a thumbnail
         return Chosen((full,), count, "largest")
     return Chosen((first,), count, "first" if count > 1 else "")
 
@@ -177,7 +177,7 @@ def choose(pages: list[Page], reading: Reading) -> Chosen:
 def image_pages(pages: list[Page]) -> list[Page]:
     """Return the pages that are images, without masks and smaller copies."""
     images = [page for page in pages if not page.first(254, 0) & MASK and min(page.size) > 0] or pages[:1]
-    full = max(images, key=lambda page: page.size[0] * page.size[1])  # the first of equally large pages
+    full = max(images, key=lambda page: page.size[0] * page.size[1])  # the first if several are equally large
     return [page for page in images if not _is_level(page, full)]
 
 
@@ -191,7 +191,7 @@ def _is_level(page: Page, full: Page) -> bool:
 
 
 def _channels(description: bytes, alike: list[Page], samples: int) -> list[Page]:
-    """Return the pages that are channels of one image according to ImageJ, OME or tifffile metadata; [] without it."""
+    """Return the pages that are channels of one image according to ImageJ, OME or tifffile metadata."""
     text = description.rstrip(b"\0").decode("utf-8", "replace")
     if text.startswith("ImageJ="):
         found = re.search(r"^channels=(\d+)", text, re.MULTILINE)

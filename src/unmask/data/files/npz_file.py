@@ -31,7 +31,7 @@ def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> int:
 
 
 def read_arrays(path: Path) -> dict[str, np.ndarray] | None:
-    """Read the arrays; None if the file is missing or damaged."""
+    """Read the arrays, or return None if the file is missing or damaged."""
     try:
         with path.open("rb") as file:
             if file.read(DIGEST) != _digest(file):

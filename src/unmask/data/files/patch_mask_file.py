@@ -1,8 +1,8 @@
-"""Read patch masks from a file. A mask is one string per row of patches: "#" hides a patch, "." shows it.
+"""Read patch masks from a file. A patch mask is one string per row of patches: "#" hides a patch, "." shows it.
 
-A text file contains such masks, separated by empty lines. A .npy file contains an array (rows, cols) or
-(n, rows, cols) in which values other than 0 hide a patch. A PNG has one pixel per patch; dark pixels hide it. The
-method that uses a patch mask checks whether it fits the grid (`nn/masks.py`).
+A text file contains one or more such masks, separated by empty lines. A .npy file contains an array (rows, cols) or
+(n, rows, cols) in which values other than 0 hide a patch. A PNG has one pixel per patch; dark pixels hide their patch.
+The method that uses a patch mask checks whether it fits the grid (`nn/masks.py`).
 """
 
 from __future__ import annotations

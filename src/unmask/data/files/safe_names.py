@@ -1,10 +1,10 @@
 r"""Turn the names of images into names of output files that are distinct and safe on every file system.
 
 Folders and letters are kept where possible. Characters with a special meaning in Windows or a shell
-(< > : " | ? * \ and control characters) become _. Empty folder names, "." and ".." are removed. A file with such a
-name, or with that of a device (CON, NUL), gets an underscore in front. Long parts are shortened and end in a digest. If
-two names would be equal on a case-insensitive file system, or a file would have the name of a folder, the second name
-keeps the image's extension or gets a number.
+(< > : " | ? * \ and control characters) become _. Folders named "", "." or ".." are removed. An underscore is put
+before files with these names, and before device names such as CON and NUL. Long parts are shortened and end in a
+digest. If two names would be equal on a case-insensitive file system, or a file would have the name of a folder, the
+second name keeps the image's extension or gets a number.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ def safe_names(names: Sequence[str], suffix: str) -> list[str]:
 
 
 def _candidates(stem: str, ending: str, suffix: str, numbers: Counter[str]) -> Iterator[str]:
-    """Yield the names to try, in order. `numbers`: the last number used for each stem, to keep duplicates cheap."""
+    """Yield the names to try, in order. numbers: the last number used for each stem, so that equal names stay fast."""
     yield stem + suffix
     yield stem + ending + suffix
-    flat = stem.replace("/", "_")  # if an earlier file has the name of the folder
+    flat = stem.replace("/", "_")  # used if the folder has the name of an earlier file
     while True:
         numbers[flat] += 1
         yield f"{stem}-{numbers[flat] + 1}{suffix}"

@@ -58,7 +58,7 @@ class StringTable(Sequence[str]):
 
     def __iter__(self) -> Iterator[str]:
         blob, start = self.blob, 0
-        for first in range(0, len(self.ends), 4096):  # in chunks, because every int is a Python object
+        for first in range(0, len(self.ends), 4096):  # in chunks, to convert few ends to Python ints at a time
             for end in self.ends[first : first + 4096].tolist():
                 yield blob[start:end].decode(*CODING)
                 start = end

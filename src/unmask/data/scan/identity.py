@@ -1,8 +1,8 @@
 """Compare a data set with its record: names, sizes, times and content digests of its files.
 
 A `DatasetRecord` needs about 60 bytes per file, plus the names. Files whose time of change equals the recorded one are
-not read. The others are compared by content, so that copied, moved or touched files count as unchanged, and replaced
-files as changed even if they have the same size.
+not read. All other files are compared by content, so that copied, moved or touched files count as unchanged, and
+replaced files as changed even if they have the same size.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class DatasetRecord:
 
 @dataclass(frozen=True)
 class Difference:
-    """How a data set differs from its record; False if there is no difference.
+    """Differences between a data set and its record; false if there are none.
 
     changed: (name, how it changed).
     reread: number of files that were read because their times differ.
@@ -77,7 +77,7 @@ class Difference:
         return "; ".join(parts) if parts else "the same files in another order"
 
     def as_json(self, count: int = 20) -> dict[str, object]:
-        """Return counts and the first names of each kind, for the run's record."""
+        """Return the count and the first names for each kind of difference, for the run's record."""
         changed = [{"name": name, "how": how} for name, how in self.changed[:count]]
         return {
             "num_added": len(self.added), "num_removed": len(self.removed), "num_changed": len(self.changed),
@@ -86,7 +86,7 @@ class Difference:
 
 
 def record_of(source: Source) -> DatasetRecord:
-    """Return the record of a source, with the digests that it has.
+    """Return the record of a source, with the digests known so far.
 
     A file that changed just before it was listed is recorded without a time, because a file system with a coarse clock
     could give its next change the same time.
@@ -104,7 +104,7 @@ def record_of(source: Source) -> DatasetRecord:
 
 
 def read_record(path: Path) -> DatasetRecord | None:
-    """Read a record; None if the file is missing, damaged or of another version."""
+    """Read a record, or return None if the file is missing, damaged or of another version."""
     stored = read_arrays(path)
     if stored is None or stored["layout"].item() != LAYOUT:
         return None

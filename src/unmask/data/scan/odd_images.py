@@ -1,8 +1,8 @@
 """Find images that are probably not training images: segmentation masks among photographs, and constant images.
 
-Segmentation masks have few colours while the other images have many. They are in a folder with a typical name or with
-the same file names as another folder, or beside their image with a suffix such as _mask. A sample of each folder is
-decoded.
+Segmentation masks have few colours while the other images have many. Masks are expected in a folder with a typical
+name, in a folder with the same file names as another folder, or beside their image with a suffix such as _mask. A
+sample of each folder is decoded.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ ENDINGS = re.compile(
 )
 SAMPLE = 6  # Number of images decoded in each group.
 FEW, LEAST_PIXELS = 40, 400  # Maximum number of colours of a mask; images with fewer pixels are not examined.
-MOST_FOLDERS, MOST_NAMES = 64, 200_000  # With more folders or names, names are not compared.
+MOST_FOLDERS, MOST_NAMES = 64, 200_000  # Names are not compared in larger data sets.
 ROUNDING = 1e-10  # Relative rounding error of the sums of a constant float image.
 MIRRORED = 0.5  # Minimum share of a folder's names that occur in another folder too.
 
@@ -139,7 +139,7 @@ def _evenly(rows: Sequence[int]) -> list[int]:
 
 
 def _holds_few(source: Source, row: int) -> bool | None:
-    """Return whether an image has few colours; False for JPEG, None for unreadable and very small images."""
+    """Return whether an image has few colours: False for any JPEG, None for unreadable and very small images."""
     try:
         data = source.read(row)
         head = decode.header(data)
@@ -178,7 +178,7 @@ class Constant:
 
 
 def constant_images(source: Source, records: FileRecords) -> Constant | None:
-    """Return the constant images according to the sums of the scan; None if there are none."""
+    """Return the constant images, judging by the sums that the scan stored, or None if there are none."""
     if not len(records):
         return None
     pixels = np.repeat(np.maximum(1, records.valid).astype(np.float64), records.channels)

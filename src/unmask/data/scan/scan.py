@@ -1,4 +1,4 @@
-"""Scan every file before training: whether it can be read, size, kind, and the mean and standard deviation of all.
+"""Scan all files before training: find unreadable ones, sizes and kinds, and the mean and standard deviation.
 
 Files (all, or an evenly spaced sample) are decoded in full, one at a time, and only sums are stored. The caller decides
 which share of bad files is too large. The result does not depend on the number of processes, nor on which files were in
@@ -42,10 +42,10 @@ from unmask.system.processes import process_pool
 STATISTICS_SAMPLE = 10_000
 RESCAN_SAMPLE = 256
 CHUNK = 64
-GUARDED_MEMORY = 128 << 20  # Bytes; files that need more are decoded in a separate process.
-GUARDED_PARTS = 64  # Files with more JPEG scans or TIFF pages are decoded in a separate process, too.
+GUARDED_MEMORY = 128 << 20  # Files that need more bytes to decode are decoded in a separate process.
+GUARDED_PARTS = 64  # Files with more JPEG scans or TIFF pages than this are decoded in a separate process, too.
 MOST_SECONDS = 10.0  # Limit on processor time per file.
-PATIENCE = 5.0  # Start worker processes if more seconds of work remain.
+PATIENCE = 5.0  # Worker processes are started if more than this many seconds of work remain.
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ class Scan:
 
     @property
     def tolerated(self) -> Counter[str]:
-        """Number of files by harmless fault."""
+        """Number of files with each harmless fault."""
         found: Counter[str] = Counter()
         for (_, _, layout), count in self.layouts.items():
             found.update(dict.fromkeys(layout.tolerated, count))
@@ -136,11 +136,11 @@ def scan(
 ) -> Scan:
     """Decode every file and return the result. sample: number of evenly spaced files to decode instead of all.
 
-    workers: number of processes; 0 for this process; None for one per core if the work takes more than a few seconds.
-    channels: number of channels to which all images must conform; None for the most frequent number. Files that cannot
-    conform are bad.
-    ignore_cache: also decode files that could be read before and have not changed since.
-    Settings that `source.reading` leaves open are decided first, and stored in it.
+    workers: number of processes, 0 for this process, or None for one per core if the work is long.
+    channels: number of channels to convert images to, or None for the most frequent number. Files that cannot be
+    converted are reported as bad.
+    ignore_cache: also decode files whose results are in the scan cache.
+    Settings that `source.reading` leaves open are decided before the scan and stored in `source.reading`.
     """
     start, began = time.monotonic(), time.time()
     rows = np.arange(len(source))
@@ -182,7 +182,7 @@ def num_cores() -> int:
 
 
 def _all_known(known: FileRecords | None, new: FileRecords, bad: list[int]) -> FileRecords:
-    """Return the new records, and the cached records of files that were not scanned now."""
+    """Return the new records, joined with the cached records of files that were not scanned this time."""
     if known is None:
         return new
     return joined([known.at(np.flatnonzero(~np.isin(known.rows, [*new.rows.tolist(), *bad]))), new])
@@ -214,7 +214,7 @@ def _scan_files(source: Source, rows: np.ndarray, workers: int | None) -> Iterat
                     done += 1
         except BrokenProcessPool:
             # A file killed its worker (out of memory, or a crash in a decoder). Scan this chunk with one process for
-            # each file to find it. If the file is in a later chunk instead, it will break the next pool.
+            # each file to find that file. If it is in a later chunk instead, it will break the next pool.
             for row in chunks[done]:
                 yield row, _scan_separately(source, row)
             done += 1

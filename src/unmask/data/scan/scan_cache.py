@@ -29,7 +29,7 @@ from unmask.data.sources.source import Source
 
 LAYOUT = 3
 WORD = np.dtype("S8")
-WORTH_KEEPING = 2.0  # Results of more seconds of work than this are stored.
+WORTH_KEEPING = 2.0  # Scan results that took more seconds of work than this are stored.
 SETTLED = (
     2_000_000_000  # Nanoseconds within which a file system with a coarse clock may give two changes the same time.
 )
@@ -86,7 +86,7 @@ class FileRecords:
 
     @property
     def starts(self) -> np.ndarray:
-        """Position of the first sum of each file, (n,) int64."""
+        """Position of each file's first channel in `sums` and `squares`, (n,) int64."""
         return np.cumsum(self.channels, dtype=np.int64) - self.channels
 
     def at(self, places: np.ndarray) -> FileRecords:
@@ -108,7 +108,7 @@ class FileRecords:
         )
 
     def with_rows(self, rows: np.ndarray) -> FileRecords:
-        """Return the same records for other rows."""
+        """Return the same records, assigned to these rows of a source."""
         return replace(self, rows=rows)
 
 
@@ -120,7 +120,7 @@ def joined(several: Iterable[FileRecords]) -> FileRecords:
 
 
 class FileRecordsBuilder:
-    """Collects the records of files one after another."""
+    """Collects the records of single files into columns."""
 
     def __init__(self) -> None:
         self.rows, self.sizes, self.channels = array("q"), array("i"), array("i")
@@ -162,7 +162,7 @@ class FileRecordsBuilder:
 
 
 def cache_folder() -> Path | None:
-    """Return $UNMASK_CACHE, or `unmask` in the user's cache folder; None if UNMASK_CACHE=off."""
+    """Return $UNMASK_CACHE, or `unmask` in the user's cache folder, or None if UNMASK_CACHE=off."""
     setting = os.environ.get("UNMASK_CACHE")
     if setting:
         return None if setting.lower() == "off" else Path(setting)
@@ -173,7 +173,7 @@ def cache_folder() -> Path | None:
 
 
 def cache_file(source: Source) -> Path | None:
-    """Return the cache file of a source; None for embedded images, which are not in files, and if the cache is off."""
+    """Return the cache file of a source, or None for embedded images and if the cache is off."""
     folder = cache_folder()
     if folder is None or source.changed is None:
         return None
@@ -183,7 +183,7 @@ def cache_file(source: Source) -> Path | None:
 
 
 def load_records(source: Source) -> FileRecords | None:
-    """Return the stored records of files that have not changed; None if there are none."""
+    """Return the stored records of files that have not changed, or None if there are none."""
     file = cache_file(source)
     stored = None if file is None else read_arrays(file)
     if stored is None or source.changed is None or stored["about"].item() != _about():
@@ -199,8 +199,8 @@ def load_records(source: Source) -> FileRecords | None:
 def store_records(source: Source, records: FileRecords, began: float) -> str:
     """Store all known records of a source; return why they could not be stored, "" on success.
 
-    began: when the scan began, in seconds since 1970. Files that changed after that, or less than
-    SETTLED nanoseconds before it, are not stored.
+    began: when the scan began, in seconds since 1970. Files that changed after `began`, or less than SETTLED
+    nanoseconds before it, are not stored.
     """
     file = cache_file(source)
     if file is None or source.changed is None:
@@ -208,7 +208,7 @@ def store_records(source: Source, records: FileRecords, began: float) -> str:
     changed = source.changed[records.rows]
     settled = np.flatnonzero((changed >= 0) & (changed < int(began * 1e9) - SETTLED))
     if not len(settled):
-        with suppress(OSError):  # the stored records are outdated
+        with suppress(OSError):  # delete the stored records, which are outdated
             file.unlink()
         return "the files were written only a moment ago"
     records, changed = records.at(settled), changed[settled]
@@ -224,7 +224,7 @@ def store_records(source: Source, records: FileRecords, began: float) -> str:
     }
     try:
         write_arrays(file, arrays)
-    except (OSError, MemoryError) as error:  # the next scan decodes the files again
+    except (OSError, MemoryError) as error:  # not fatal: the next scan decodes the files again
         reason = error.strerror if isinstance(error, OSError) else "not enough memory"
         return f"cannot write to {file.parent} ({reason}); set UNMASK_CACHE to another folder"
     return ""
@@ -255,7 +255,7 @@ def decoder_versions() -> dict[str, str]:
 
 
 def _about() -> str:
-    """Return the decoder versions and a digest of the code in decode/, on which the records depend too."""
+    """Return the decoder versions and a digest of the code in decode/, both of which the cached records depend on."""
     versions = decoder_versions()
     modules = sorted(Path(decode.__file__ or "").parent.glob("*.py"))
     how = hashlib.sha256(b"".join(module.read_bytes() for module in modules)).hexdigest()

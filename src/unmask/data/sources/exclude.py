@@ -51,7 +51,7 @@ class SelectedSource(Source):
 
 
 def exclude_names(source: Source, patterns: Sequence[str]) -> Source:
-    """Return the source without images whose names match a pattern; `excluded` is their number by pattern."""
+    """Return the source without the images whose names match a pattern; its `excluded` has their number by pattern."""
     if not patterns:
         return source
     out = np.zeros(len(source), bool)
@@ -71,11 +71,11 @@ def exclude_names(source: Source, patterns: Sequence[str]) -> Source:
 
 
 def matcher(pattern: str) -> Callable[[str], bool]:
-    """Return a function that tests whether a '/'-separated name matches the pattern. Case-sensitive.
+    """Return a function that tests whether a '/'-separated name matches the pattern.
 
-    * and ? do not match "/"; ** matches any number of folders. A pattern without "/" matches the name of a file or
-    folder at any depth; other patterns match the path from its start. Everything below a matching folder matches too.
-    Raises SourceError for brackets without a valid set of letters.
+    Matching is case-sensitive. * and ? do not match "/", and ** matches any number of folders. A pattern without "/"
+    matches the name of a file or folder at any depth; other patterns match the path from its start. Everything below a
+    matching folder matches too. Raises SourceError for brackets without a valid set of letters.
     """
     parts = pattern.strip("/").split("/")
     anywhere = "/" not in pattern.strip("/")

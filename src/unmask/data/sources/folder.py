@@ -68,7 +68,7 @@ def _list_folder(
         with os.scandir(os.path.join(root, folder)) as entries:
             found = [entry for entry in entries if not is_skipped(entry.name, skipped)]
         if {"config.json", "plan.json"} <= {entry.name for entry in found}:
-            skipped["run folder"] += 1  # its pictures are not data, and change during training
+            skipped["run folder"] += 1  # pictures in a run folder are not data, and change during training
             return []
     except PermissionError:
         skipped["folder without permission"] += 1

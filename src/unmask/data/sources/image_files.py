@@ -66,7 +66,8 @@ class Listing:
 
     def add(self, path: str, found: os.stat_result | None) -> None:
         self.paths.append(path)
-        self.sizes.append(-1 if found is None else found.st_size)  # missing files stay listed: reading them raises
+        # Missing files stay listed; reading one raises BadImage.
+        self.sizes.append(-1 if found is None else found.st_size)
         self.changed.append(-1 if found is None else last_change(found))
         self.modified.append(-1 if found is None else found.st_mtime_ns)
 
@@ -93,7 +94,7 @@ def absolute_files(text: str, paths: Sequence[str], *, location: str | None = No
 
 
 def open_files(paths: Sequence[str | Path]) -> FilesSource:
-    """Return a source of exactly these files, in this order. Raises SourceError if one is missing."""
+    """Return a source of exactly these files, in this order. Raises SourceError if a file is missing."""
     for path in paths:
         if not os.path.isfile(path):
             raise SourceError(f"{path} is not a file; expected image files")

@@ -21,7 +21,7 @@ from unmask.errors import listed
 class JoinedSource(Source):
     """The rows of several sources, one source after another.
 
-    prefixes: a folder name for each source, put before its names; None leaves names unchanged.
+    prefixes: a folder name for each source, put before its names, or None to leave names unchanged.
     """
 
     def __init__(

@@ -40,8 +40,9 @@ class Entry(NamedTuple):
 
 
 def read_list(file: str, extensions: Sequence[str]) -> list[Entry]:
-    """Return the entries of a list file, in order. extensions: lower-case image extensions, by which paths are found.
+    """Return the entries of a list file, in order.
 
+    extensions: lower-case image extensions, by which the path in a line is recognised.
     Raises ListError or TextError (both are SourceError) with the line number, and OSError if the list cannot be read.
     """
     folder = os.path.dirname(os.path.abspath(file))
@@ -95,7 +96,7 @@ def _opens_quote(text: str) -> bool:
 
 
 def _columns(heading: str, file: str, extensions: tuple[str, ...]) -> tuple[str, int, int | None] | None:
-    """Return (separator, column of paths, column of labels or None) for a header row; None for other lines."""
+    """Return (separator, column of paths, column of labels or None) for a header row, or None."""
     if Path(file).suffix.lower() not in TABLES:
         return None
     for separator in ("\t", ",", ";"):
@@ -148,7 +149,7 @@ def _path_and_label(line: Line, folder: str, file: str, extensions: tuple[str, .
 
 
 def _cells(text: str, separator: str) -> list[str] | None:
-    """Return the cells of one CSV record; None if its quotes are unbalanced."""
+    """Return the cells of one CSV record, or None if its quotes are unbalanced."""
     try:
         rows = list(csv.reader([text], delimiter=separator, strict=True, skipinitialspace=separator != " "))
     except csv.Error:

@@ -31,7 +31,7 @@ class ColumnError(SourceError):
 class Labels:
     """The labels of a parquet file.
 
-    classes: class names, in order. numbers: (n,) int64, the class of each row; None without labels. why: why a label
+    classes: class names, in order. numbers: (n,) int64, the class of each row, or None without labels. why: why a label
     column was not used.
     """
 
@@ -78,7 +78,7 @@ def _is_bytes(kind: Any) -> bool:
 
 
 def _no_image(name: str, kind: Any) -> str:
-    """Return why a column that is named or nested like an image column is not one; "" for other columns."""
+    """Return why a column that is named or nested like an image column is not one, or "" for other columns."""
     import pyarrow as pa
 
     if name.lower() not in IMAGES and not pa.types.is_nested(kind):
@@ -159,7 +159,7 @@ def _by_metadata(values: list[int], names: list[str], column: str, text: str) ->
 
 
 def class_label_names(schema: Any, column: str) -> list[str]:
-    """Return the class names of a column from the metadata of Hugging Face's `datasets`; [] if there are none."""
+    """Return the class names of a column from the metadata of Hugging Face's `datasets`, or []."""
     try:
         read = json.loads((schema.metadata or {})[METADATA])
         features = read["info"]["features"] if "info" in read else read["features"]
@@ -170,7 +170,7 @@ def class_label_names(schema: Any, column: str) -> list[str]:
 
 
 def _no_class(kind: Any) -> str:
-    """Return why a type cannot be a class; "" for text, whole numbers, booleans and floats (which may be whole)."""
+    """Return why values of a type cannot be classes, or "" if they can; floats can, because they may be whole."""
     import pyarrow as pa
 
     if pa.types.is_dictionary(kind):

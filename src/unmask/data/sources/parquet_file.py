@@ -62,7 +62,8 @@ class ParquetSource(Source):
 
     def read(self, i: int) -> bytes:
         group = int(np.searchsorted(self.starts, i, "right")) - 1
-        # Rows are read in random order, but only whole groups can be read. Without a cache, every image would read one.
+        # Rows are read in random order, but only whole groups can be read. Without a cache, a whole group would be read
+        # for every image.
         held, key = self.groups, (self.location, group)
         column = held.pop(key) if key in held else self._read_group(group)
         held[key] = column

@@ -1,8 +1,8 @@
 """Generate `shapes`, an embedded, labelled image set: image i is a pure function of SEED and i.
 
 Each image shows one object of six classes with random position, size, rotation and colour, plain or striped, on a
-background with a random colour gradient, plus noise. Only the outline depends on the class, so raw pixels predict it
-poorly. Hidden parts of the outline follow from the visible parts, so a masked autoencoder can learn from them.
+background with a random colour gradient, plus noise. Only the outline depends on the class, so raw pixels predict the
+class poorly. Hidden parts of the outline follow from the visible parts, so a masked autoencoder can learn from them.
 
 Many images are drawn at once with NumPy from signed distances (negative inside), antialiased over one pixel. The set is
 not an established benchmark; it is small enough for pre-training within minutes on two cores. Notation: n images of S x
@@ -57,7 +57,7 @@ def _draw(index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _place(across: np.ndarray, down: np.ndarray, size: np.ndarray, turn: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Return each pixel's coordinates x and y (n, S, S) relative to the rotated object, and its radius (n, 1, 1)."""
+    """Return each pixel's coordinates x and y (n, S, S) relative to the object, and the object's radius (n, 1, 1)."""
     radius = SIZE * (0.22 + 0.16 * size)[:, None, None]
     room = SIZE / 2 - 0.85 * radius
     pixel = np.arange(SIZE) + 0.5 - SIZE / 2

@@ -111,7 +111,7 @@ def _splits(relative: Sequence[str]) -> list[str]:
 
 
 def _label_tars(source: JoinedSource, stems: Sequence[str]) -> None:
-    """Label by the folders inside the tars, or else by the file names of the tars if each tar is one class.
+    """Set labels from the folders inside the tars, or from the file names of the tars if each tar is one class.
 
     Numbered shards are not classes, unless the files in each tar have names that start with its name (n01440764.tar).
     """

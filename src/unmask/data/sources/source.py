@@ -32,7 +32,7 @@ from unmask.errors import listed
 class Opener:
     """Recognises and opens one kind of data.
 
-    what: name of the kind for messages. opens: whether it opens the DATA given by the user. open: opens it.
+    what: name of the kind for messages. opens: tests whether DATA is of this kind. open: opens DATA.
     """
 
     what: str
@@ -48,8 +48,8 @@ class Source(ABC):
     skipped: number of skipped files by reason or extension.
     changed: (n,) int64, when the content, name or mode of each row's file (or archive) last changed.
     modified: (n,) int64, when the content of each row's file (or archive) was last written.
-    Both are in nanoseconds since 1970, -1 for unknown times, and None for images that are not in files.
-    digests: (n,) uint64 of `content_digest`, 0 if unknown; None until set by a scan or from the record of a run.
+    Both `changed` and `modified` are in nanoseconds since 1970, -1 if unknown, or None for images not in files.
+    digests: (n,) uint64 of `content_digest`, 0 if unknown, or None until a scan or the record of a run sets them.
     opened: when listing began, in seconds since 1970.
     class_list: order of the classes as declared by the file, [] if it declares none.
     unlabelled: why a column or folder that looks like labels was not used.
@@ -88,14 +88,14 @@ class Source(ABC):
         """Return the bytes of row i. Raises BadImage (VANISHED or PERMISSION) if the file cannot be read."""
 
     def path(self, i: int) -> str | None:
-        """Return the path of the file that contains row i; None for images in memory."""
+        """Return the path of the file that contains row i, or None for images in memory."""
         return self.location
 
     def read_unchanged(self, i: int) -> bytes:
-        """Return the bytes of row i. Raises BadImage (CHANGED) if they changed since the source was opened.
+        """Return the bytes of row i. Raises BadImage (CHANGED) if the file has changed since the source was opened.
 
-        Needs one `stat` call. If the time of change differs, the digest is compared. If the digest is unknown, a file
-        with the same modification time counts as unchanged.
+        This takes one `stat` call. If the time of change differs, the digest is compared. If the digest is unknown, a
+        file with the same modification time counts as unchanged.
         """
         data = self.read(i)
         if self.changed is None or self.modified is None or self.changed[i] < 0:

@@ -1,7 +1,8 @@
 """Recognise folders that an operating system, a NAS or a sync program creates among users' files.
 
-They contain thumbnails, deleted files or snapshots, which are copies of the images or unrelated, so they are skipped.
-Names are compared case-insensitively. Names that a user may give to a class, such as "recycled", are not in the list.
+Such folders contain thumbnails, deleted files or snapshots, which are copies of the images or unrelated, so they are
+skipped. Names are compared case-insensitively. Names that a user may give to a class, such as "recycled", are not in
+the list.
 """
 
 from __future__ import annotations

@@ -70,7 +70,7 @@ class TarSource(Source):
             labels, self.unlabelled, ending = webdataset_labels(names, members, content)
         self.has_label_files = bool(ending)
         if ending:
-            del self.skipped[ending]  # these label files were read
+            del self.skipped[ending]  # these label files are used, not skipped
         if labels is not None:
             self.label_by(labels)
         elif not self.unlabelled:

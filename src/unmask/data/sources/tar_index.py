@@ -18,7 +18,7 @@ from unmask.errors import SourceError, listed
 
 MOST_LINKS = 16  # maximum number of symbolic links followed in a row
 MOST_LABEL_BYTES = 1 << 16
-LABEL_KEYS = ("label", "cls", "class", "class_name")  # keys in the .json of a webdataset
+LABEL_KEYS = ("label", "cls", "class", "class_name")  # keys of the label in the .json files of a webdataset
 
 
 @dataclass
@@ -41,7 +41,7 @@ class Member:
 class TarIndex:
     """Index of a tar file.
 
-    keep: for compressed tars, whether to read the content of a member with this name; None for uncompressed tars.
+    keep: for compressed tars, whether to read the content of a member with this name, or None for uncompressed tars.
     most: maximum number of bytes to store.
     members: regular members by name, including resolved links.
     skipped: number of other members by reason.
@@ -104,7 +104,7 @@ class TarIndex:
 
     def _hard_link(self, name: str, header: tarfile.TarInfo) -> None:
         target = header.linkname.removeprefix("./")
-        if target in self._links:  # a hard link to a symbolic link
+        if target in self._links:  # the target of this hard link is a symbolic link
             self._links[name] = self._links[target]
         elif target in self.members:
             self.members[name] = self.members[target]

@@ -1,4 +1,4 @@
-"""A zip file of images. Each process that opens it needs about 550 bytes of memory per member."""
+"""A zip file of images. Each process that opens the zip needs about 550 bytes of memory per member."""
 
 from __future__ import annotations
 
