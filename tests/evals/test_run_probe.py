@@ -18,6 +18,7 @@ from unmask.evals import feature_sets, probes
 from unmask.evals import images as images_module
 from unmask.evals import run_probe as run_probe_module
 from unmask.evals.labelled_images import few_shots
+from unmask.evals.probe_kind import kind_descriptions
 from unmask.evals.probe_options import ProbeOptions, parse_shots
 from unmask.evals.probes import attentive
 from unmask.evals.run_probe import run_probe, run_probes
@@ -262,6 +263,21 @@ def new_kind(tmp_path, monkeypatch):
     monkeypatch.setattr(probes, "__path__", [*probes.__path__, str(folder)])
     yield "strongest"
     sys.modules.pop("unmask.evals.probes.strongest", None)
+
+
+def test_the_help_describes_every_kind_by_the_docstring_of_its_file(unmask):
+    described = kind_descriptions()
+    assert all(20 < len(each) < 90 for each in described.values())
+    for verb in ("probe", "compare"):
+        _, out, _ = unmask(verb, "--help")
+        words = " ".join(out.replace("│", " ").split())
+        assert f"Kind of probe: attentive ({described['attentive']}), knn (" in words
+
+
+def test_a_new_kind_of_probe_is_described_by_its_docstring(new_kind):
+    described = kind_descriptions()
+    assert described[new_kind] == "compare the maximum over tokens with the mean maximum of every class"
+    assert "unmask.evals.probes.strongest" not in sys.modules
 
 
 def test_a_new_kind_of_probe_declares_the_name_of_its_pooling(run, trained, tmp_path, data, new_kind):

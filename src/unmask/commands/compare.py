@@ -8,15 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 from unmask.commands.declare import Option, Panel, Request, command
 from unmask.commands.options import Device, TestData
 from unmask.console import Console
-from unmask.evals.probe_kind import kind_names
+from unmask.evals.probe_kind import kind_descriptions
 
 if TYPE_CHECKING:
     from unmask.comparison.compare_runs import Comparison
-
-
-def kinds() -> dict[str, str]:
-    """Return the kinds of probe: the files of `evals/probes/`."""
-    return dict.fromkeys(kind_names(), "")
 
 
 @dataclass(frozen=True)
@@ -29,7 +24,7 @@ class CompareRequest(Request):
         str | None, Option("Labelled images; runs without this probe are probed on them.", metavar="DATA")
     ] = None
     test: TestData = None
-    kind: Annotated[str, Option("Kind of probe.", metavar="KIND", choices=kinds)] = "linear"
+    kind: Annotated[str, Option("Kind of probe.", metavar="KIND", choices=kind_descriptions)] = "linear"
     shots: Annotated[int | None, Option("Training labels per class.", metavar="N", at_least=1, default="all")] = None
     out: Annotated[
         str | Path, Option("Page to write, FILE.html; FILE.json beside it has the same numbers.", metavar="FILE")

@@ -9,7 +9,7 @@ from unmask.commands.declare import Option, Panel, Request, command, options_of
 from unmask.commands.options import Data, Device, Exclude, RunFolder, Step, TestData, texts
 from unmask.console import Console
 from unmask.errors import UserError
-from unmask.evals.probe_kind import kind_names
+from unmask.evals.probe_kind import kind_descriptions
 from unmask.evals.probe_options import ProbeOptions, parse_shots
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ PAPER_LINEAR = "paper-linear"
 
 def kinds() -> dict[str, str]:
     """Return the kinds of probe: the files of `evals/probes/`, and MAE's own protocol."""
-    return {**dict.fromkeys(kind_names(), ""), PAPER_LINEAR: "MAE's own protocol, LARS on augmented images"}
+    return {**kind_descriptions(), PAPER_LINEAR: "MAE's own protocol, LARS on augmented images"}
 
 
 def target_types() -> dict[str, str]:

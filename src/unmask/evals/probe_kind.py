@@ -1,6 +1,7 @@
 """The interface of a kind of probe. Every file in `evals/probes/` defines one kind; its name is the value of --kind.
 
-The file defines `PROBE`, an instance of one of three classes:
+The first line of its docstring, "Title: description.", describes the kind in the help of --kind. The file defines
+`PROBE`, an instance of one of three classes:
 
 - `PooledProbe` is fitted to pooled features: the class token or the mean over patches (knn, linear);
 - `TokenProbe` is fitted to all tokens (attentive);
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING
 import unmask.evals.probes
 from unmask.errors import UserError
 from unmask.results import CLASSES, MULTILABEL, POOLS, REGRESSION
+from unmask.system.docstrings import first_line
 
 if TYPE_CHECKING:
     import numpy as np
@@ -112,6 +114,15 @@ ProbeKind = PooledProbe | TokenProbe | LabelFreeMeasure
 def kind_names() -> list[str]:
     """Return the values of --kind, the files of `evals/probes/`, without importing them."""
     return sorted(module.name for module in pkgutil.iter_modules(unmask.evals.probes.__path__))
+
+
+def kind_descriptions() -> dict[str, str]:
+    """Return the values of --kind with their descriptions: the first lines of the files' docstrings, after the title.
+
+    The files are not imported.
+    """
+    lines = {name: first_line(f"unmask.evals.probes.{name}").removesuffix(".") for name in kind_names()}
+    return {name: line.partition(": ")[2] or line for name, line in lines.items()}
 
 
 def require_kind(name: str, also: Sequence[str] = ()) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import pkgutil
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import unmask.interop.targets
 from unmask.errors import UserError, nearest
+from unmask.system.docstrings import first_line
 
 if TYPE_CHECKING:
     from unmask.interop.export_target import ExportTarget
@@ -21,10 +21,7 @@ def target_names() -> tuple[str, ...]:
 
 def target_summary(name: str) -> str:
     """Return the first line of the target's docstring without importing the file."""
-    spec = importlib.util.find_spec(f"unmask.interop.targets.{name.replace('-', '_')}")
-    assert spec is not None, f"{name} is not a target"
-    assert spec.origin is not None, f"{name} has no source file"
-    return Path(spec.origin).read_text("utf-8").split('"""')[1].strip().splitlines()[0]
+    return first_line(f"unmask.interop.targets.{name.replace('-', '_')}")
 
 
 def find_target(name: str) -> ExportTarget:

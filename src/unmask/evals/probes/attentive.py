@@ -1,9 +1,10 @@
-"""Attentive probe: fit a small attention layer to all frozen tokens, which contain information that their mean loses.
+"""Attentive probe: a small attention layer, fitted to all frozen tokens.
 
-One learned query attends to all tokens by cross-attention (projected keys and values, several heads), and a linear
-layer maps the result to the outputs. From Chen et al. 2022, "Context autoencoder for self-supervised representation
-learning", section 4.2; also used for I-JEPA, V-JEPA and AIM, whose features are in the patch tokens. The tokens are
-computed once, without augmentation, and stored in half precision.
+The tokens contain information that their mean loses. One learned query attends to all tokens by cross-attention
+(projected keys and values, several heads), and a linear layer maps the result to the outputs. From Chen et al. 2022,
+"Context autoencoder for self-supervised representation learning", section 4.2; also used for I-JEPA, V-JEPA and AIM,
+whose features are in the patch tokens. The tokens are computed once, without augmentation, and stored in half
+precision.
 
 The settings are fixed: AdamW (weight decay 0.1), batches of 256, 30 epochs but at least 300 steps, warm-up over a
 twentieth of the steps, then cosine decay to 0. The learning rate is the best of 0.001, 0.003 and 0.01 on a held-out

@@ -1,4 +1,4 @@
-"""Linear probe: fit a linear classifier, or linear regression, to frozen features.
+"""Linear probe: a linear classifier or linear regression, fitted to pooled features.
 
 Classes are predicted by multinomial logistic regression (scikit-learn, L-BFGS) on standardised features, multi-label
 targets by one logistic regression per label, quantities by ridge regression.

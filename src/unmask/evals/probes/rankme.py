@@ -1,8 +1,8 @@
-"""RankMe: the effective rank of the features of any images, without labels (Garrido et al. 2023).
+"""RankMe: the effective rank of the features of any images, without labels.
 
-"RankMe: assessing the downstream performance of pretrained self-supervised representations by their rank", ICML 2023,
-equation 2: the exponential of the entropy of the normalised singular values p_k, where sigma_k are the singular values
-of the features:
+Garrido et al. 2023, "RankMe: assessing the downstream performance of pretrained self-supervised representations by
+their rank", ICML 2023, equation 2: the exponential of the entropy of the normalised singular values p_k, where sigma_k
+are the singular values of the features:
 
     exp(-sum_k p_k log p_k),  p_k = sigma_k / sum_j sigma_j + 1e-7
 
