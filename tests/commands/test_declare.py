@@ -5,18 +5,20 @@ import json
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, MISSING, dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_args
 
+import numpy as np
 import pytest
 from typer.main import get_command
 
 import unmask
 from unmask import commands
-from unmask.commands.declare import Option, Panel, Request, command, options_of
+from unmask.commands.declare import Panel, Request, command
 from unmask.console import Console
 from unmask.errors import UserError
+from unmask.option import Option, options_of
 
 GREET = '''
 """`unmask greet`: a verb for a test."""
@@ -26,7 +28,8 @@ from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Annotated
 
-from unmask.commands.declare import Option, Panel, Request, command
+from unmask.commands.declare import Panel, Request, command
+from unmask.option import Option
 from unmask.console import Console
 
 
@@ -158,6 +161,36 @@ def test_bounds_and_choices_apply_to_command_line_and_python(greet, run, option,
     assert (code, out, err) == (2, "", f"error: {expected}\n")
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "expected"),
+    [
+        ("hat", "no", "got hat='no'; expected true or false"),
+        ("hat", 1, "got hat=1; expected true or false"),
+        ("times", True, "got times=True; expected an integer"),
+        ("times", 2.5, "got times=2.5; expected an integer"),
+        ("times", None, "got times=None; expected an integer"),
+        ("mood", ["kindly"], "got mood=['kindly']; expected a string"),
+        ("others", [1], "got others=[1]; expected a list of strings"),
+        ("others", 1, "got others=1; expected a list of strings"),
+        ("numbers", "1,2", "got numbers='1,2'; expected a list of integers or None"),
+        ("card", 7, "got card=7; expected a path or None"),
+    ],
+)
+def test_values_of_a_wrong_type_are_rejected(greet, option, value, expected):
+    from unmask.commands.greet import greet  # type: ignore[import-not-found]
+
+    with pytest.raises(UserError, match=f"^{re.escape(expected)}$"):
+        greet("Ada", **{option: value})
+
+
+def test_numbers_of_numpy_and_paths_in_place_of_strings_are_accepted(greet):
+    from unmask.commands.greet import greet  # type: ignore[import-not-found]
+
+    made = greet(Path("Ada"), times=np.int64(2), numbers=np.array([1, 2]), others=Path("Bo"), card=Path("card.png"))
+    assert (made.name, made.times, made.numbers, made.others) == ("Ada", 2, (1, 2), ("Bo",))
+    assert made.card == Path("card.png"), "the option declares paths"
+
+
 def test_invalid_arguments_are_usage_errors(greet, run):
     for arguments, expected in [
         (["greet"], "Missing argument"),
@@ -197,7 +230,7 @@ def test_union_of_a_value_and_a_sequence_is_repeatable():
         return request
 
     assert several("a").runs == ("a",)
-    assert several(["a", Path("b")]).runs == ["a", Path("b")]
+    assert several(["a", Path("b")]).runs == ("a", Path("b"))
     assert [each.command_line_type() for each in options_of(Several)] == [list[Path], int]
 
 
@@ -221,6 +254,29 @@ def test_every_option_has_a_help_that_ends_in_a_full_stop(verbs):
         for parameter in verb.params:
             assert parameter.help.endswith((".", "?")), f"{name}: {parameter.name}: {parameter.help}"
             assert "default" not in parameter.help.lower().replace("defaults", ""), f"{name}: {parameter.name}"
+
+
+WRONG = {bool: ("no", 1, None), int: ("3", True, 1.5), float: ("0.5", True), str: (1, True), Path: (1, True)}
+
+
+@pytest.mark.parametrize("name", sorted(commands.verb_files()))
+def test_every_option_of_every_verb_rejects_values_of_a_wrong_type(name):
+    request = commands.declared(name).request
+    options = options_of(request)
+    required = {
+        each.name: "x" if each.option.choices is None else next(iter(each.option.choices()))
+        for each in options
+        if each.field.default is MISSING
+    }
+    assert request(**required)
+    for each in options:
+        kinds = [kind for kind in get_args(each.annotation) or [each.annotation] if kind in WRONG]
+        wrong = [object(), [object()]]
+        if len(kinds) == 1 or set(kinds) == {str, Path}:
+            wrong += WRONG[kinds[-1]]
+        for value in wrong:
+            with pytest.raises(UserError, match=rf"^got {each.name}=.*; expected [\w ]+$"):
+                request(**required | {each.name: value})
 
 
 PUBLIC = {"import_weights": "import", **{name: name for name in unmask.__all__ if name in commands.verb_files()}}

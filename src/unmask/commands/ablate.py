@@ -4,9 +4,10 @@ from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from unmask.commands.declare import DONE, FAILED, STOPPED, Option, Panel, Request, command
-from unmask.commands.options import Data, Settings, TestData
+from unmask.commands.declare import DONE, FAILED, STOPPED, Panel, Request, command
 from unmask.console import Console
+from unmask.option import Option
+from unmask.shared_options import Data, Settings, TestData
 
 
 def _seconds(text: str) -> float:

@@ -3,9 +3,11 @@
 from dataclasses import KW_ONLY, dataclass
 from typing import Annotated, Any
 
-from unmask.commands.declare import Option, Panel, Request, command
-from unmask.commands.options import Exclude, Settings, SeveralData, texts
+from unmask.commands.declare import Panel, Request, command
+from unmask.commands.options import SeveralData, texts
 from unmask.console import Console
+from unmask.option import Option
+from unmask.shared_options import Exclude, Settings
 
 
 @dataclass(frozen=True)

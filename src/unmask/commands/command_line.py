@@ -7,8 +7,9 @@ from typing import Annotated, Any
 import typer
 from typer.main import get_command
 
-from unmask.commands.declare import DONE, Command, DeclaredOption, options_of
+from unmask.commands.declare import DONE, Command
 from unmask.console import Console, escape_controls
+from unmask.option import DeclaredOption, options_of
 from unmask.system.processes import reject_several_processes
 
 AS_JSON = typer.Option("--json", help="Print one JSON object on stdout.")

@@ -5,10 +5,11 @@ from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from unmask.commands.declare import Option, Panel, Request, command
-from unmask.commands.options import Device, TestData
+from unmask.commands.declare import Panel, Request, command
 from unmask.console import Console
 from unmask.evals.probe_kind import kind_descriptions
+from unmask.option import Option
+from unmask.shared_options import Device, TestData
 
 if TYPE_CHECKING:
     from unmask.comparison.compare_runs import Comparison

@@ -20,16 +20,14 @@ the function, so that `--help` does not load them.
 
 # No `from __future__ import annotations` here or in a verb's file: annotations are needed as objects, not as strings.
 import inspect
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import KW_ONLY, Field, dataclass, field, fields
+from collections.abc import Callable, Mapping
+from dataclasses import KW_ONLY, dataclass, field
 from enum import StrEnum
 from functools import update_wrapper
-from pathlib import Path
-from types import UnionType
-from typing import Annotated, Any, ParamSpec, TypeVar, get_args, get_origin
+from typing import Any, ParamSpec, TypeVar
 
 from unmask.console import Console
-from unmask.errors import UserError, nearest
+from unmask.option import Options, options_of
 
 DONE, FAILED, USAGE, STOPPED = 0, 1, 2, 75
 """Exit codes: done; failed; bad usage or input; stopped on request and resumable. Interrupted is 130."""
@@ -46,28 +44,7 @@ class Panel(StrEnum):
 
 
 @dataclass(frozen=True)
-class Option:
-    """Declaration of an option, besides the type and the default of its field.
-
-    help: a phrase for `--help` and for Python's `help`. metavar: placeholder of the value. flag: name on the command
-    line, if it differs from the field's. default: the default in words, if it is None. command_line: type of the value
-    on the command line, if it differs from the field's. from_text: converts the value from the command line. at_least,
-    at_most: bounds of a number. choices: returns the allowed words with their meanings, which may be "".
-    """
-
-    help: str
-    metavar: str | None = None
-    flag: str | None = None
-    default: str | None = None
-    command_line: Any = None
-    from_text: Callable[[Any], Any] | None = None
-    at_least: float | None = None
-    at_most: float | None = None
-    choices: Callable[[], Mapping[str, str]] | None = None
-
-
-@dataclass(frozen=True)
-class Request:
+class Request(Options):
     """Base class of requests: the values of all options in one call of a verb.
 
     console: prints messages and progress; None prints to stderr. It is only for Python, not a command-line option.
@@ -75,99 +52,6 @@ class Request:
 
     _: KW_ONLY
     console: Console | None = field(default=None, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        """Put a single value of a repeatable option into a tuple, and check all values. Raises UserError."""
-        for each in options_of(type(self)):
-            value = getattr(self, each.name)
-            if each.repeatable and isinstance(value, str | Path):
-                value = (value,)
-                object.__setattr__(self, each.name, value)
-            if value is not None:
-                each.check(value)
-
-
-@dataclass(frozen=True)
-class DeclaredOption:
-    """One option of a request class: the field, its type without None, and its `Option`."""
-
-    field: Field[Any]
-    type: Any
-    option: Option
-
-    @property
-    def name(self) -> str:
-        return self.field.name
-
-    @property
-    def flag(self) -> str:
-        """Return the name on the command line, such as --test-split."""
-        return self.option.flag or "--" + self.name.replace("_", "-")
-
-    @property
-    def repeatable(self) -> bool:
-        return _sequence(self.type) is not None
-
-    @property
-    def positional(self) -> bool:
-        return not self.field.kw_only
-
-    def check(self, value: Any) -> None:
-        """Raise UserError if the value is out of bounds or not one of the choices."""
-        low, high = self.option.at_least, self.option.at_most
-        if (low is not None and value < low) or (high is not None and value > high):
-            raise UserError(f"got {self.flag} {value}; expected {low} " + ("or more" if high is None else f"to {high}"))
-        if self.option.choices is not None and value not in (known := list(self.option.choices())):
-            meant = nearest(str(value), known)
-            raise UserError(
-                f"got {self.flag} {value}; expected {', '.join(known[:-1])} or {known[-1]}"
-                + (f"; {meant}" if meant.startswith("did you mean") else "")
-            )
-
-    def help(self) -> str:
-        """Return the help text with the choices, if any."""
-        if self.option.choices is None:
-            return self.option.help
-        words = [f"{name} ({meaning})" if meaning else name for name, meaning in self.option.choices().items()]
-        return f"{self.option.help.removesuffix('.')}: {', '.join(words[:-1])} or {words[-1]}."
-
-    def command_line_type(self) -> Any:
-        """Return the type on the command line: Path for `str | Path`, a list for a sequence."""
-        if self.option.command_line is not None:
-            return self.option.command_line
-        if (sequence := _sequence(self.type)) is not None:
-            return list[_scalar(get_args(sequence)[0])]
-        return _scalar(self.type)
-
-
-def _members(kind: Any) -> list[Any]:
-    """Return the members of a union without None; for other types, a list with the type itself."""
-    members = get_args(kind) if isinstance(kind, UnionType) else (kind,)
-    return [each for each in members if each is not type(None)]
-
-
-def _sequence(kind: Any) -> Any:
-    return next((each for each in _members(kind) if get_origin(each) is Sequence), None)
-
-
-def _scalar(kind: Any) -> Any:
-    members = _members(kind)
-    return Path if Path in members else members[0]
-
-
-def options_of(request: type[Request]) -> list[DeclaredOption]:
-    """Return the options of a request class, in the order of its fields. Raises TypeError for a field without one."""
-    found = []
-    for each in fields(request):
-        if each.name == "console":
-            continue
-        if get_origin(each.type) is not Annotated:
-            raise TypeError(
-                f"{request.__name__}.{each.name} is not an option; annotate it: Annotated[type, Option(help)]"
-            )
-        kind, option = get_args(each.type)
-        found.append(DeclaredOption(each, kind, option))
-    return found
 
 
 @dataclass(frozen=True)
@@ -231,7 +115,7 @@ def command(
 def signature(request: type[Request], result: Any) -> inspect.Signature:
     """Return the signature of the Python function: the options with their plain types, then `console`."""
     constructor = inspect.signature(request).parameters
-    parameters = [constructor[each.name].replace(annotation=each.type) for each in options_of(request)]
+    parameters = [constructor[each.name].replace(annotation=each.annotation) for each in options_of(request)]
     return inspect.Signature([*parameters, constructor["console"]], return_annotation=result)
 
 

@@ -10,8 +10,9 @@ from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from unmask.commands.declare import DONE, STOPPED, Option, Panel, Request, command
+from unmask.commands.declare import DONE, STOPPED, Panel, Request, command
 from unmask.console import Console, duration
+from unmask.option import Option
 
 if TYPE_CHECKING:
     from unmask.results import ProbeResult

@@ -4,10 +4,11 @@ from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from unmask.commands.declare import DONE, FAILED, Option, Panel, Request, command
-from unmask.commands.options import Exclude, Settings
+from unmask.commands.declare import DONE, FAILED, Panel, Request, command
 from unmask.console import Console
 from unmask.errors import UserError
+from unmask.option import Option
+from unmask.shared_options import Exclude, Settings
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,11 @@ from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from unmask.commands.declare import Option, Panel, Request, command
-from unmask.commands.options import RunFolder, Step
+from unmask.commands.declare import Panel, Request, command
+from unmask.commands.options import RunFolder
 from unmask.console import Console
+from unmask.option import Option
+from unmask.shared_options import Step
 
 if TYPE_CHECKING:
     from unmask.results import ExportResult

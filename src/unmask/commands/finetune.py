@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import unmask.tasks
-from unmask.commands.declare import Option, Panel, Request, command
-from unmask.commands.options import Budget, Data, Exclude, NewRun, RunFolder, Settings, TestData
+from unmask.commands.declare import Panel, Request, command
+from unmask.commands.options import Budget, NewRun, RunFolder
 from unmask.commands.trained_run import conclude, run_exit_code, run_json
 from unmask.console import Console
 from unmask.errors import UserError
+from unmask.option import Option
+from unmask.shared_options import Data, Exclude, Settings, TestData
 
 if TYPE_CHECKING:
     from unmask.data.annotations.segmentation_masks import MaskOptions

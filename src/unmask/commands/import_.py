@@ -4,9 +4,10 @@ from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from unmask.commands.declare import Option, Panel, Request, command
-from unmask.commands.options import Settings
+from unmask.commands.declare import Panel, Request, command
 from unmask.console import Console
+from unmask.option import Option
+from unmask.shared_options import Settings
 
 if TYPE_CHECKING:
     from unmask.run import Run

@@ -6,9 +6,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from unmask.commands.declare import Option, Panel, Request, command
+from unmask.commands.declare import Panel, Request, command
 from unmask.console import Console, duration
 from unmask.errors import UserError
+from unmask.option import Option
 from unmask.run import Run
 
 if TYPE_CHECKING:

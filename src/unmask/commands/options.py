@@ -1,11 +1,12 @@
-"""Options shared by several verbs, and the conversion of their values."""
+"""Options of verbs alone that several verbs share, and the conversion of their values."""
 
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-from unmask.commands.declare import Option
+from unmask.engine import time_budget
+from unmask.option import Option
 
 
 class _Start:
@@ -24,11 +25,9 @@ def started() -> float:
     return _Start.seconds
 
 
-def budget_from_text(text: str) -> Any:
+def budget_from_text(text: str) -> time_budget.Budget:
     """Parse '30m', '2h', '90s' or '1.5h' as a time budget that counts from the start of the command."""
-    from unmask.engine.time_budget import Budget, seconds_of
-
-    return Budget(seconds_of(text), started())
+    return time_budget.Budget(time_budget.seconds_of(text), started())
 
 
 def texts(values: str | Path | Sequence[str | Path]) -> list[str]:
@@ -37,14 +36,6 @@ def texts(values: str | Path | Sequence[str | Path]) -> list[str]:
 
 
 RunFolder = Annotated[str | Path, Option("A run folder.", metavar="RUN")]
-Data = Annotated[
-    str | Path,
-    Option(
-        "Images: a folder, list file, glob, tar, zip or parquet file, or a built-in set: shapes, digits.",
-        metavar="DATA",
-        command_line=str,
-    ),
-]
 SeveralData = Annotated[
     str | Path | Sequence[str | Path],
     Option(
@@ -58,21 +49,8 @@ Images = Annotated[
     str | Path | Sequence[str | Path],
     Option("Image files, or a folder or other DATA.", metavar="IMAGE...", command_line=list[str]),
 ]
-Exclude = Annotated[
-    Sequence[str],
-    Option(
-        "Exclude images whose file name, folder name or path matches, e.g. thumbs or '*_mask.png'; repeatable.",
-        metavar="PATTERN",
-    ),
-]
-Settings = Annotated[
-    Sequence[str],
-    Option("Change any setting of the recipe, e.g. train.steps=1000; repeatable.", metavar="KEY=VALUE", flag="--set"),
-]
-TestData = Annotated[str | None, Option("Test images.", metavar="DATA", default="a fifth of DATA")]
-Step = Annotated[int | None, Option("Step of the checkpoint to use.", metavar="N", default="the newest")]
 Budget = Annotated[
-    float | str | None,
+    float | str | time_budget.Budget | None,
     Option(
         "Plan as many steps as fit into this time, e.g. 30m, 2h.",
         metavar="TIME",
@@ -81,5 +59,3 @@ Budget = Annotated[
     ),
 ]
 NewRun = Annotated[str | Path | None, Option("New run folder.", metavar="RUN", default="runs/DATA-RECIPE")]
-Device = Annotated[str, Option("Device: auto, cpu, cuda, cuda:N or mps.")]
-Recipe = Annotated[str, Option("Recipe from `unmask recipes`, or auto, which chooses one for the images.")]

@@ -4,9 +4,10 @@ from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from unmask.commands.declare import Option, Panel, Request, command
-from unmask.commands.options import Exclude
+from unmask.commands.declare import Panel, Request, command
 from unmask.console import Console
+from unmask.option import Option
+from unmask.shared_options import Exclude
 
 if TYPE_CHECKING:
     from unmask.data.pack_images import PackSummary

@@ -4,9 +4,10 @@ from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from unmask.commands.declare import Option, Panel, Request, command
-from unmask.commands.options import Data
+from unmask.commands.declare import Panel, Request, command
 from unmask.console import Console
+from unmask.option import Option
+from unmask.shared_options import Data
 
 
 @dataclass(frozen=True)

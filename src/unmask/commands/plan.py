@@ -3,9 +3,10 @@
 from dataclasses import KW_ONLY, dataclass
 from typing import Annotated, Any
 
-from unmask.commands.declare import Option, Panel, Request, command
-from unmask.commands.options import Settings
+from unmask.commands.declare import Panel, Request, command
 from unmask.console import Console
+from unmask.option import Option
+from unmask.shared_options import Settings
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,11 @@ from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from unmask.commands.declare import Option, Panel, Request, command
-from unmask.commands.options import Device, Images, RunFolder, Step, texts
+from unmask.commands.declare import Panel, Request, command
+from unmask.commands.options import Images, RunFolder, texts
 from unmask.console import Console
+from unmask.option import Option
+from unmask.shared_options import Device, Step
 
 if TYPE_CHECKING:
     from unmask.results import PredictResult

@@ -4,10 +4,12 @@ from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from unmask.commands.declare import Option, Panel, Request, command
-from unmask.commands.options import Budget, Exclude, NewRun, Recipe, Settings, SeveralData
+from unmask.commands.declare import Panel, Request, command
+from unmask.commands.options import Budget, NewRun, SeveralData
 from unmask.commands.trained_run import conclude, run_exit_code, run_json
 from unmask.console import Console
+from unmask.option import Option
+from unmask.shared_options import Exclude, Recipe, Settings
 
 if TYPE_CHECKING:
     from unmask.run import Run

@@ -5,12 +5,14 @@ from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from unmask.commands.declare import Option, Panel, Request, command, options_of
-from unmask.commands.options import Data, Device, Exclude, RunFolder, Step, TestData, texts
+from unmask.commands.declare import Panel, Request, command
+from unmask.commands.options import RunFolder, texts
 from unmask.console import Console
 from unmask.errors import UserError
 from unmask.evals.probe_kind import kind_descriptions
 from unmask.evals.probe_options import ProbeOptions, parse_shots
+from unmask.option import Option, options_of
+from unmask.shared_options import Data, Device, Exclude, Step, TestData
 
 if TYPE_CHECKING:
     from unmask.results import CurveResult, ProbeResult

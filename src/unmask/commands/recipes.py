@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from unmask.commands.declare import Option, Panel, Request, command
+from unmask.commands.declare import Panel, Request, command
 from unmask.console import Console
+from unmask.option import Option
 
 FOLLOWS = "*"
 
