@@ -29,4 +29,4 @@ default_role = "code"
 python_maximum_signature_line_length = 88
 add_module_names = False
 highlight_language = "none"
-smartquotes = False  # would turn --option into a dash
+smartquotes = False  # smart quotes would turn the two hyphens of --option into a dash

@@ -78,7 +78,7 @@ def _split_arguments(text: str, parameters: Iterable[str]) -> Iterator[str]:
 
 
 def _is_code(body: list[str]) -> bool:
-    """Whether a block shows code or output rather than sentences."""
+    """Return whether a block shows code or output rather than sentences."""
     indented = all(line.startswith("  ") for line in body if line)
     return indented and any(
         re.match(r"\s*(>>> |unmask |python |import |from )|\s*\S.*\S {3,}\S", line) for line in body

@@ -52,9 +52,6 @@ def drawn(data, *, start=0, batch=8, batches=5, workers=0):
     return digests
 
 
-# --------------------------------------------------------------------------------------------------------- random draws
-
-
 @pytest.mark.parametrize("workers", [1, 2])
 def test_batches_do_not_depend_on_the_number_of_workers(workers):
     assert drawn(images(), workers=workers) == drawn(images())
@@ -133,9 +130,6 @@ def test_global_random_state_is_not_changed():
 
 def test_images_can_be_sent_to_other_processes():
     assert drawn(pickle.loads(pickle.dumps(images()))) == drawn(images())
-
-
-# -------------------------------------------------------------------------------------------------------------- pixels
 
 
 @pytest.mark.parametrize("size", [(8, 8), (6, 14), (14, 6), (40, 50)])
@@ -229,14 +223,11 @@ def test_rotated_jpeg_is_cropped_as_displayed():
     assert (got[0] - got[1]).abs().max() < 8
 
 
-# -------------------------------------------------------------------------------------------------------------- repeats
-
-
 def test_repeats_are_different_crops_of_one_image():
     once, twice = drawn(images(), batches=10), drawn(images(repeats=2), batches=10)
     assert [row for row, _, _, _ in twice[::2]] == [row for row, _, _, _ in twice[1::2]]
     assert [row for row, _, _, _ in twice[::2]] == [row for row, _, _, _ in once[:40]]
-    assert [epoch for _, epoch, _, _ in twice[:40]] == [0, 1] * 20  # in the first pass
+    assert [epoch for _, epoch, _, _ in twice[:40]] == [0, 1] * 20  # during the first pass over the images
     assert [epoch for _, epoch, _, _ in twice[40:]] == [2, 3] * 20
     assert all(a[3] != b[3] for a, b in zip(twice[::2], twice[1::2], strict=True))
     assert len({(row, epoch) for row, epoch, _, _ in twice}) == len(twice)
@@ -285,9 +276,6 @@ def test_repeats_of_a_bad_file_are_replaced_and_evaluation_has_no_repeats():
     assert 3 not in {row for row, _, _, _ in got}
     looked_at = list(eval_batches(images(repeats=4, training=False), np.arange(3), batch=3))
     assert looked_at[0].index.tolist() == [0, 1, 2]
-
-
-# ----------------------------------------------------------------------------------------------------------- bad files
 
 
 def test_bad_file_is_reported_and_replaced_reproducibly():
@@ -351,9 +339,6 @@ def test_batch_has_few_undecoded_files_in_memory():
     data._take = take  # type: ignore[method-assign]
     data[SampleIndices(np.tile(np.arange(COUNT), 5), np.zeros(5 * COUNT, np.int64))]
     assert most[0] <= image_reader.READ_AHEAD
-
-
-# ------------------------------------------------------------------------------------------------------------- workers
 
 
 def test_closing_the_iterator_ends_its_workers():

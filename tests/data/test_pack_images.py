@@ -228,9 +228,6 @@ def test_masks_of_packed_images_are_checked_against_the_original_size(tmp_path):
     assert set(got.batch.maps.unique().tolist()) == {0, 1}
 
 
-# ------------------------------------------------------------------------------------------- interruptions and refusals
-
-
 @pytest.mark.parametrize("fault", [KeyboardInterrupt, OSError(28, "No space left on device")])
 def test_interrupted_packing_leaves_no_file(folder, tmp_path, monkeypatch, fault):
     true_image = packing.pack_image

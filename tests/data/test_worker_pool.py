@@ -9,7 +9,7 @@ from unmask.errors import LoadingFailed
 
 
 class Doubler:
-    """A minimal maker of results."""
+    """A maker whose results are twice the request."""
 
     def make(self, request, note):
         return 2 * request

@@ -79,9 +79,6 @@ def by_name(boxes):
     }
 
 
-# ------------------------------------------------------------------------------------------------------------ alignment
-
-
 @pytest.mark.parametrize("kind", ["random_resized", "random"])
 def test_boxes_stay_around_their_object_in_every_crop(tmp_path, kind):
     voc(tmp_path, {"a": OBJECTS["a"][:1]})
@@ -117,8 +114,8 @@ def bright(size, box):
 
 def test_cut_boxes_agrees_with_hand_computed_boxes():
     boxes = np.array([[10.0, 20, 30, 40], [0, 0, 10, 10], [18, 10, 30, 20], [14, 28, 15, 34], [8, 10, 18.1, 20]])
-    crop = np.array([10.0, 8, 20, 20])  # Top, left, height, width.
-    found, keep = cut_boxes(boxes, crop, (40, 20), False)  # Twice as high, equally wide.
+    crop = np.array([10.0, 8, 20, 20])  # (top, left, height, width)
+    found, keep = cut_boxes(boxes, crop, (40, 20), False)  # resampled to twice its height and the same width
     assert keep.tolist() == [True, False, True, True, True]
     assert found[0].tolist() == [2, 20, 20, 40]
     assert found[2].tolist() == [10, 0, 20, 20]
@@ -128,9 +125,9 @@ def test_cut_boxes_agrees_with_hand_computed_boxes():
     _, keep = cut_boxes(np.array([[0.0, 0, 10, 10]] * 2 + [[0, 0, 4, 4]]), np.array([0, 7.9, 20, 20]), (20, 20), False)
     assert keep.tolist() == [True, True, False]
     _, keep = cut_boxes(np.array([[0.0, 0, 10, 10]]), np.array([0, 8.1, 20, 20]), (20, 20), False)
-    assert not keep[0], "less than a fifth is left"
+    assert not keep[0], "boxes with less than a fifth of their area in the crop are dropped"
     _, keep = cut_boxes(np.array([[0.0, 0, 3, 10], [0, 0, 5, 5]]), np.array([0, 0.0, 20, 20]), (5, 5), False)
-    assert keep.tolist() == [False, True], "less than a pixel is left"
+    assert keep.tolist() == [False, True], "boxes of which less than a pixel is left are dropped"
 
 
 def test_evaluation_uses_the_whole_image_and_all_boxes(tmp_path):
@@ -148,9 +145,6 @@ def test_evaluation_uses_the_whole_image_and_all_boxes(tmp_path):
     again = batch.join([batch[:1], batch[1:]])
     assert torch.equal(again.boxes, batch.boxes)
     assert again.maps is None
-
-
-# --------------------------------------------------------------------------------------------------- layouts and splits
 
 
 def test_coco_and_voc_give_the_same_boxes(tmp_path):
@@ -235,7 +229,7 @@ def test_difficult_objects_of_voc_affect_neither_training_nor_score(tmp_path):
     dog, cat = (found.classes.index(name) for name in ("dog", "cat"))
     assert true.labels.tolist() == [dog, cat]
     easy = np.array([[50, 5, 70, 15]], float)
-    for boxes, labels in ((easy, [dog]), (true.boxes, [dog, cat])):  # without and with the difficult object
+    for boxes, labels in ((easy, [dog]), (true.boxes, [dog, cat])):  # predictions without and with the difficult object
         answer = average_precision_module.ImageBoxes(boxes, np.array(labels), np.linspace(0.5, 0.9, len(labels)))
         assert average_precision([true], [answer], found.classes).ap == pytest.approx(1.0)
 

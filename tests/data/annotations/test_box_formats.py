@@ -45,9 +45,6 @@ def coco(root, orientations, boxes=BOX, sizes=SIZE, **more):
     return root
 
 
-# ---------------------------------------------------------------------------------------------------------- orientation
-
-
 @pytest.mark.parametrize("sizes", [SIZE, None])
 def test_boxes_on_stored_pixels_are_rotated_with_their_image(tmp_path, sizes):
     """Without sizes in the file, a box that extends outside the displayed image reveals the orientation."""
@@ -99,9 +96,6 @@ def test_boxes_and_masks_are_rotated_like_pixels_in_pillow(orientation):
     ((x1, y1, x2, y2),) = turned_boxes(np.array([BOX]), orientation, wanted.shape).tolist()
     assert (wanted[y1:y2, x1:x2] == 7).all()
     assert (wanted == 7).sum() == (y2 - y1) * (x2 - x1)
-
-
-# ------------------------------------------------------------------------------------------------------------ encodings
 
 
 @pytest.mark.parametrize(
@@ -196,9 +190,6 @@ def test_unicode_spellings_of_a_category_are_one_class(tmp_path):
     assert open_boxes(tmp_path, classes=("Vo\u0308gel",)).labels[0].tolist() == [0], (
         "earlier versions stored names unnormalised"
     )
-
-
-# ----------------------------------------------------------------------------------------------------------- fractions
 
 
 def test_coco_boxes_in_fractions_are_rejected(tmp_path):

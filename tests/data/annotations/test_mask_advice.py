@@ -37,9 +37,6 @@ def notes(maps):
     return "\n".join(maps.lines())
 
 
-# ---------------------------------------------------------------------------------------------------------- gray levels
-
-
 def test_gray_level_masks_are_rejected_with_the_options_that_fix_them(tmp_path):
     two, three = folder(tmp_path / "2", [halves(0, 255)] * 3), folder(tmp_path / "3", [halves(0, 128, 255)] * 3)
     with pytest.raises(MaskError, match=r"only ids 0 and 255, .* set --mask-values 0,255 to make 255"):
@@ -80,9 +77,6 @@ def test_sparse_ids_and_mixed_masks_are_reported(tmp_path):
     mixed = open_masks(folder(tmp_path / "b", [halves(0, 1), halves(0, 1), halves(0, 255)]))
     assert "1 of 3 masks have no ids except 0 and 255" in notes(mixed)
     assert "1 of 3" not in notes(open_masks(folder(tmp_path / "c", [halves(0, 1), halves(0, 1, 255)])))
-
-
-# ----------------------------------------------------------------------------------------------------------------- void
 
 
 def streets(void):
@@ -152,9 +146,6 @@ def test_unsuitable_class_names_are_not_suggested_and_undecodable_files_are_reje
     assert open_masks(root).classes == ("a", "b", "c")
 
 
-# ---------------------------------------------------------------------------------------------------------- orientation
-
-
 def test_masks_of_stored_pixels_are_rotated_with_their_image(tmp_path):
     ids = halves(0, 1, 2)
     ids[:10] = 3
@@ -183,9 +174,6 @@ def test_masks_of_displayed_images_are_not_rotated_and_mixtures_are_rejected(tmp
     Image.fromarray(ids.T.astype(np.uint8)).save(root / "masks" / "0.png")
     with pytest.raises(MaskError, match=r"mask of 1\.png refers to the stored pixels, that of 0\.png to"):
         open_masks(root)
-
-
-# ----------------------------------------------------------------------------------------------------------------- size
 
 
 def test_detail_lost_to_the_image_size_is_reported(tmp_path):

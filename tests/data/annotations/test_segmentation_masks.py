@@ -44,9 +44,6 @@ def put(root, pixels, name="0.png", masks="labels"):
     (root / masks / "a" / name).write_bytes(data)
 
 
-# ------------------------------------------------------------------------------------------------------------ alignment
-
-
 @pytest.mark.parametrize("kind", ["random_resized", "random", "center"])
 def test_segmentation_mask_stays_aligned_with_its_image_in_every_crop(tmp_path, kind):
     maps = open_masks(folder(tmp_path))
@@ -128,9 +125,6 @@ def test_image_with_an_unreadable_mask_is_replaced(tmp_path):
         put(tmp_path, pixels, "3.png")
         with pytest.raises(BadImage, match="mask"):
             list(eval_batches(ImageReader(**(vars(images) | {"training": False})), np.array([3]), batch=1))
-
-
-# ----------------------------------------------------------------------------------------------- folders, names and ids
 
 
 def test_mask_folders_are_found_automatically(tmp_path):
@@ -215,9 +209,6 @@ def test_gray_masks_of_few_bits_are_not_scaled():
         width = 4
         data = png(width, 1, bits, 0, b"\0" + row)
         assert read_ids(data).tolist() == [[0, 1, 2, 3]]
-
-
-# ------------------------------------------------------------------------------------------------------------- refusals
 
 
 def bad(root, name):
@@ -307,7 +298,7 @@ def test_camvid_layout_with_a_void_class_is_read(tmp_path):
     for split, count in (("train", 3), ("val", 7)):
         for number in range(count):
             ids = np.kron(rng.integers(0, 12, (6, 8)), np.ones((30, 30))).astype(np.uint8)
-            ids[:30, :30], ids[:30, 30:60] = 11, number  # some void pixels, and each class in turn
+            ids[:30, :30], ids[:30, 30:60] = 11, number  # a block of void pixels and a block of one class per image
             for kind, data in (
                 ("images", file_of(noisy(180, 240, seed=number), "JPEG")),
                 ("labels", file_of(ids, "PNG")),

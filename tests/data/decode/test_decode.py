@@ -52,9 +52,6 @@ def agreed(data):
     return pixels
 
 
-# ---------------------------------------------------------------------------------------------------------- bad files
-
-
 def test_corpus_has_the_expected_number_of_bad_files():
     assert len(BAD) >= 40
 
@@ -166,9 +163,6 @@ def test_trailing_bytes_are_ignored():
         assert (decode(SOUND[kind] + b"\0" * 500) == decode(SOUND[kind])).all()
 
 
-# --------------------------------------------------------------------------------------------------------------- JPEG
-
-
 def test_jpeg_is_decoded_closely_and_gray_stays_gray():
     assert np.abs(agreed(file_of(smooth(), "JPEG", quality=98)).astype(int) - smooth()).max() < 12
     assert header(file_of(smooth(channels=1), "JPEG")) == Header(48, 64, 1, "uint8", "JPEG")
@@ -243,9 +237,6 @@ def test_photographs_decode_like_in_pillow():
         image = Image.open(io.BytesIO(data))
         pillow = np.asarray(image.convert("RGB" if pixels.shape[2] == 3 else "L"))
         assert np.abs(pixels.reshape(pillow.shape).astype(int) - pillow).max() <= 2
-
-
-# -------------------------------------------------------------------------------------------------------- 8-bit formats
 
 
 @pytest.mark.parametrize("kind", ["PNG", "BMP", "TIFF"])
@@ -323,9 +314,6 @@ def test_cmyk_tiff_becomes_rgb():
 def test_compressed_tiff_is_read():
     for compression in ("tiff_lzw", "tiff_adobe_deflate", "packbits"):
         assert (agreed(file_of(noisy(), "TIFF", compression=compression)) == noisy()).all()
-
-
-# ----------------------------------------------------------------------------------------------- 16 bits, floats, bands
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -422,9 +410,6 @@ def test_bands_without_tifffile_are_rejected_with_the_fix(monkeypatch):
     assert decode(SOUND["tiff"]).shape == (48, 64, 3)  # an ordinary TIFF does not need tifffile
 
 
-# --------------------------------------------------------------------------------------------------------------- .npy
-
-
 @pytest.mark.parametrize("shape", [(9, 7), (9, 7, 1), (9, 7, 3), (9, 7, 12)])
 def test_npy_keeps_every_value(shape):
     for dtype in (np.uint8, np.uint16, ">u2", np.float32, "<f8"):
@@ -446,9 +431,6 @@ def test_npy_of_booleans_becomes_0_and_255():
 def test_npy_of_wide_integers_becomes_float32_for_any_values():
     for values in ([[0, 1]], [[-1, 70000]]):
         assert agreed(npy(np.array(values, np.int64))).dtype == np.float32
-
-
-# ------------------------------------------------------------------------------------------------------------ conform
 
 
 def test_conform_only_converts_without_loss():

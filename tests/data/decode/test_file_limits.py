@@ -44,7 +44,7 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_pieces_join_to_the_decoded_image(kind, monkeypatch):
+def test_joined_pieces_equal_the_decoded_image(kind, monkeypatch):
     data = KINDS[kind]
     whole = decode(data)
     monkeypatch.setattr(limits, "PIECE_PIXELS", 64 * 7)  # of seven rows

@@ -20,7 +20,7 @@ def spin():
         pass
 
 
-def test_results_and_errors_are_returned():
+def test_results_are_returned_and_errors_are_raised_in_the_caller():
     assert limited(divmod, 7, 3) == (2, 1)
     with pytest.raises(ZeroDivisionError):
         limited(divmod, 7, 0)

@@ -17,7 +17,7 @@ BETWEEN, BEFORE_END, NO_END = TOLERATED
 
 
 def photo(**options):
-    """Return a JPEG with structure at every scale; `noisy` has none, and `smooth` too little."""
+    """Return a JPEG with coarse and fine structure, like a photograph."""
     rng = np.random.default_rng(3)
     coarse = Image.fromarray(rng.integers(0, 255, (20, 30, 3), np.uint8)).resize((240, 160), Image.Resampling.BICUBIC)
     fine = np.clip(np.asarray(coarse).astype(int) + rng.integers(-20, 20, (160, 240, 3)), 0, 255).astype(np.uint8)
@@ -93,7 +93,7 @@ def test_missing_bytes_are_rejected():
 
 
 def test_damage_is_not_accepted_as_junk():
-    """For most of these files, the strict decoder reports extraneous bytes: blocks of the image left unread."""
+    """For most of these files, the strict decoder reports extraneous bytes: image blocks that were left unread."""
     refused_for_leftover = 0
     for seed in range(4):
         for data in (file_of(noisy(160, 240, seed=seed), "JPEG"), photo()):

@@ -71,9 +71,6 @@ def bmp_with_alpha(image):
     return b"BM" + struct.pack("<IHHI", 122 + len(pixels), 0, 0, 122) + head + pixels
 
 
-# -------------------------------------------------------------------------------------------------------------- alpha
-
-
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
 @pytest.mark.parametrize("planar", [False, True])
 def test_a_band_of_data_tagged_as_alpha_is_kept(dtype, planar):
@@ -162,9 +159,6 @@ def test_alpha_tag_is_decided_once_for_a_data_set(tmp_path):
     assert "kept as a band" in findings(found)[0]
 
 
-# -------------------------------------------------------------------------------------------------------------- pages
-
-
 @pytest.mark.parametrize("kind", ["imagej", "ome"])
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
 def test_pages_are_channels_if_metadata_declares_them(kind, dtype):
@@ -224,9 +218,6 @@ def test_every_page_can_be_a_separate_image(tmp_path):
         assert (decode(source.read(2 + page), reading=source.reading)[..., 0] == values[..., page]).all()
 
 
-# --------------------------------------------------------------------------------------------------------------- axes
-
-
 @pytest.mark.parametrize(
     ("shape", "size"),
     [
@@ -263,9 +254,6 @@ def test_guessed_axes_are_reported(tmp_path):
     assert (found.channels, found.median_size) == ({50: 3}, (20, 30))
     assert "a guess" in findings(found)[0]
     assert "data.axes=CHW" in findings(found)[0]
-
-
-# ------------------------------------------------------------------------------------------- settings in later commands
 
 
 def test_plan_stores_the_reading_for_later_commands(tmp_path, monkeypatch, capsys):
@@ -352,14 +340,11 @@ def test_layout_is_encoded_as_one_integer():
     assert Layout.from_code(Layout(10**6, pages=10**6).code) == Layout(65535, pages=65535)
 
 
-# ----------------------------------------------------------------------------------- damaged files and missing packages
-
-
 def test_cyclic_and_endless_directories_terminate():
     data = bytearray(file_of(noisy(), "TIFF"))
     place = struct.unpack_from("<I", data, 4)[0]
     entries = struct.unpack_from("<H", data, place)[0]
-    struct.pack_into("<I", data, place + 2 + 12 * entries, place)  # the next directory is the same one
+    struct.pack_into("<I", data, place + 2 + 12 * entries, place)  # the directory gives itself as the next directory
     assert (agreed(bytes(data)) == noisy()).all()
     struct.pack_into("<H", data, place, MOST_ENTRIES + 1)
     with pytest.raises(BadImage) as caught:

@@ -89,9 +89,6 @@ def test_check_warns_before_training(tmp_path, capsys, monkeypatch):
     assert f"use only {tmp_path}/images/train" in said
 
 
-# ------------------------------------------------------------------------------------------------------ constant images
-
-
 def test_constant_images_are_counted_and_reported(tmp_path):
     for number in range(3):
         put(tmp_path / "mixed", f"{number}.png", file_of(noisy(8, 8, seed=number), "PNG"))

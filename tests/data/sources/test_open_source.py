@@ -75,9 +75,6 @@ def no_hang():
     signal.signal(signal.SIGALRM, before)
 
 
-# -------------------------------------------------------------------------------------------------------------- trees
-
-
 def test_tree_is_sorted_and_labelled_by_folders(tmp_path):
     source = open_source(put(tmp_path, "b/2.png", "a/10.png", "a/1.JPG", "b/x/y.webp"))
     assert source.names == ["a/1.JPG", "a/10.png", "b/2.png", "b/x/y.webp"]
@@ -112,7 +109,7 @@ def test_error_for_a_missing_path_suggests_a_similar_name(tmp_path):
     assert "shapes" in refusal("shape")
 
 
-def test_unusual_names_are_rejected_as_missing():
+def test_names_that_no_file_can_have_are_rejected():
     for data in ("x" * 5000, "a\0b", ""):
         with pytest.raises(SourceError):
             open_source(data or "no-such-thing")
@@ -213,7 +210,7 @@ def test_very_deep_trees_do_not_exhaust_the_stack(tmp_path):
         Path("a.png").write_bytes(PNG)
         assert open_source(tmp_path).names[0].count("/") == deep
         Path("a.png").unlink()
-        for _ in range(deep):  # pytest could not remove it
+        for _ in range(deep):  # pytest cannot remove such a deep tree
             os.chdir("..")
             os.rmdir("d")
     finally:
@@ -284,9 +281,6 @@ def test_fingerprint_depends_on_names_and_sizes(tmp_path):
     assert len({first, changed, open_source(tmp_path).fingerprint()}) == 3
 
 
-# ------------------------------------------------------------------------------------------------------------- labels
-
-
 @pytest.mark.parametrize(
     ("names", "classes"),
     [
@@ -317,9 +311,6 @@ def test_numeric_class_names_are_sorted_as_numbers(tmp_path):
     assert source.classes == ["2", "9", "10"]
     assert source.labels is not None
     assert source.labels.tolist() == [2, 1, 0]
-
-
-# -------------------------------------------------------------------------------------------------- lists, globs, files
 
 
 def test_list_may_have_labels_comments_and_a_header_row(tmp_path):
@@ -365,7 +356,7 @@ def test_missing_files_of_a_list_stay_rows_unless_all_are_missing(tmp_path):
     assert "contains no images" in refusal(tmp_path / "list.txt")
 
 
-def test_globs(tmp_path, monkeypatch):
+def test_globs_list_the_matching_files(tmp_path, monkeypatch):
     put(tmp_path, "x/a1.png", "x/a2.jpg", "x/b1.png", "y/a1.png", "y/deep/a3.png", "y/a.txt", ".h/a1.png")
     found = lambda pattern: open_source(f"{tmp_path}/{pattern}").names  # noqa: E731
     assert found("*/a1.png") == ["x/a1.png", "y/a1.png"]
@@ -388,7 +379,7 @@ def test_folder_with_wildcards_in_its_name_is_a_folder(tmp_path):
     assert len(open_source(put(tmp_path / "set [1]*", "a.png"))) == 1
 
 
-def test_single_files(tmp_path, monkeypatch):
+def test_single_files_can_be_opened(tmp_path, monkeypatch):
     put(tmp_path, "x/b.png", "x/a.png")
     files = open_files([tmp_path / "x/b.png", tmp_path / "x/a.png"])
     assert files.names == ["b.png", "a.png"]
@@ -400,9 +391,6 @@ def test_single_files(tmp_path, monkeypatch):
         open_files([tmp_path / "gone.png"])
     put(tmp_path, "data.xyz")
     assert "an unknown kind" in refusal(tmp_path / "data.xyz")
-
-
-# ----------------------------------------------------------------------------------------------------------- archives
 
 
 def make_tar(path: Path, members, mode: str = "w", **options) -> Path:
@@ -571,7 +559,7 @@ def test_links_duplicates_and_traversal_in_a_zip_are_skipped(tmp_path):
     link = zipfile.ZipInfo("link.png")
     link.external_attr = 0o120777 << 16
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the duplicate member name
+        warnings.simplefilter("ignore")  # zipfile warns about the duplicate name
         members = [("a.png", b"old"), ("a.png", PNG), (link, "/etc/passwd"), ("../b.png", PNG)]
         members += [("__MACOSX/a.png", PNG), ("notes.txt", b""), ("folder/", b"")]
         path = make_zip(tmp_path / "d.zip", members)
@@ -607,9 +595,6 @@ def test_too_large_members_are_counted(tmp_path, monkeypatch):
     big = b"\0" * 1001
     assert "1 member too large" in refusal(make_zip(tmp_path / "d.zip", [("a.png", big)]))
     assert "1 member too large" in refusal(make_tar(tmp_path / "d.tar", [("a.png", big)]))
-
-
-# ------------------------------------------------------------------------------------------------------------ parquet
 
 
 @pytest.mark.parametrize("struct", [False, True])
@@ -666,9 +651,6 @@ def test_unusable_parquet_files_are_rejected(tmp_path):
 def put_table(path: Path) -> Path:
     pq.write_table(pa.table({"image": [PNG]}), path)
     return path
-
-
-# ----------------------------------------------------------------------------------------------------------- embedded
 
 
 def test_embedded_sets_are_small_labelled_and_decodable():

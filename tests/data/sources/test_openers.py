@@ -12,12 +12,12 @@ FILES = [f"x{ending}" for ending in (*EXTENSIONS, *LISTS, *TARS, ".zip", ".parqu
 
 
 @pytest.mark.parametrize("text", [*FILES, *(name.upper() for name in FILES)])
-def test_a_file_has_one_opener(text):
+def test_each_file_name_is_recognised_by_one_opener(text):
     assert sum(opener.opens(text) for opener in FILE_OPENERS) == 1
 
 
 @pytest.mark.parametrize("text", ["shapes", "digits-test", "shapes:20", "photos/*.jpg", "photos/**"])
-def test_data_that_is_not_a_file_has_one_opener(text, tmp_path, monkeypatch):
+def test_data_other_than_files_are_recognised_by_one_opener(text, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert sum(opener.opens(text) for opener in OPENERS) == 1
     assert sum(opener.opens(str(tmp_path)) for opener in OPENERS) == 1
