@@ -227,7 +227,7 @@ def test_killed_loader_worker_error_suggests_a_working_fix(images, tmp_path):
                 worker.kill()
 
     settings = ("train.steps=40", "train.checkpoint_every=2", "data.workers=1", "data.cache=false")
-    message = r"killed by signal 9; out of memory.*unmask set .*run data\.workers=0"
+    message = r"killed by signal 9; if it ran out of memory.*unmask set .*run data\.workers=0"
     with faults(before_step=killing), pytest.raises(TrainingFailed, match=message):
         start(images, tmp_path / "run", *settings)
     run = Run(tmp_path / "run")

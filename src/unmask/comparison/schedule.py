@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -118,7 +118,8 @@ def plan_table(experiment: Experiment, console: Console) -> TablePlan:
     began = time.perf_counter()
     cells = all_cells(table, request)
     first = draft_config(table, _base(cells), request)
-    scan = training_data.scan_source(source, first, console)
+    source, scan = training_data.scan_source(source, first, console)
+    experiment = replace(experiment, source=source)
     scanning = time.perf_counter() - began
     console.print("all cells: " + consequence(scan.median_size, first.data.size, resolve.patch_of(first)))
     device = choose_device(first.train.device)

@@ -14,8 +14,8 @@ Whether images are cached is part of a run's plan, so a resumed run gets the sam
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import dataclass, field, replace
+from typing import Protocol, Self
 
 import numpy as np
 import torch
@@ -116,6 +116,10 @@ class ImageReader:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def with_annotations(self, annotations: Annotations | None) -> Self:
+        """Return a reader of the same images with these annotations; both share the images cached in memory."""
+        return replace(self, annotations=annotations)
 
     @property
     def interpolation(self) -> str:

@@ -131,8 +131,9 @@ def pack(
     if workers is None:
         workers = num_cores()
     console.print(f"{source.name}: {len(source)} images found")
-    source.reading, settled = choose_reading(source, range(len(source)))
-    for reason in settled:
+    reading, reasons = choose_reading(source, range(len(source)))
+    source = source.with_reading(reading)
+    for reason in reasons:
         console.print(f"  {reason}")
     part = out.with_name(f".{out.name}.{os.getpid()}.part")
     try:

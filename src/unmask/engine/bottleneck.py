@@ -133,6 +133,7 @@ def find_bottleneck(
     source = apply_reading(open_source(data, exclude), draft.data.reading)
     found = scan(source, sample=LOOKED_AT, workers=0, channels=draft.data.channels)
     reject_bad_data(found, draft)
+    source = found.applied_to(source)
     config, reasons, _ = choose_config(source, found, recipe=recipe, settings=settings, device=device, budget=None)
     images, plan = prepare_images(TrainingRequest(source, found, config, device, reasons=reasons))
     console.print(

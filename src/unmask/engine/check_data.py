@@ -58,6 +58,7 @@ def check_data(
             ignore_cache=True,
             progress=bar.update,
         )
+    source = found.applied_to(source)
     summary: dict[str, Any] = {
         "data": source.name,
         "files": found.files,

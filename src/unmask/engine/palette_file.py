@@ -114,7 +114,7 @@ def _read_images(data: str, size: int, console: Console) -> tuple[torch.Tensor, 
         std=tuple(found.std),
     )
     rows = np.linspace(0, len(source) - 1, min(len(source), MAX_IMAGES)).astype(int)
-    readable = ReadableImages(source, rows, spec, CropConfig(), training=False)
+    readable = ReadableImages(found.applied_to(source), rows, spec, CropConfig(), training=False)
     batch = Batch.join(list(eval_batches(readable, rows, batch=64, workers=0)))
     valid = None if batch.valid is None or not batch.valid.any() else batch.valid
     return batch.images.float(), valid, spec

@@ -118,7 +118,7 @@ def pretrain(
         Run.check_free(out)
     source = apply_reading(open_source(data, options.exclude), draft.data.reading)
     console.print(f"{source.name}: {len(source)} images found" + skipped_files(source))
-    found = scan_source(source, draft, console)
+    source, found = scan_source(source, draft, console)
     for line in odd_image_warnings(source, found):
         console.warn(line)
     if base is not None:

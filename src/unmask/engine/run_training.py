@@ -26,8 +26,9 @@ def train_and_record(inputs: TrainingInputs, supervise: Supervise | None = None)
     try:
         evaluator = write_result = None
         if supervise is not None:
-            images.annotations, evaluator, write_result = supervise(run, inputs.config, plan, images.source)
-        state = train(replace(inputs, evaluator=evaluator, began=began))
+            annotations, evaluator, write_result = supervise(run, inputs.config, plan, images.source)
+            images = images.with_annotations(annotations)
+        state = train(replace(inputs, images=images, evaluator=evaluator, began=began))
         if state == "finished" and write_result is not None:
             write_result(run)
     except KeyboardInterrupt:

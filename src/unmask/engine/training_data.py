@@ -53,9 +53,12 @@ class TrainingRequest:
     supervised: SupervisedSplit | None = None
 
 
-def scan_source(source: Source, draft: Config, console: Console) -> Scan:
-    """Scan as many files as the settings require. Raises DataError if too many cannot be read."""
-    source.reading = draft.data.reading
+def scan_source(source: Source, draft: Config, console: Console) -> tuple[Source, Scan]:
+    """Scan as many files as the settings require. Raises DataError if too many cannot be read.
+
+    Returns the source, decoded as it was in the scan, and the scan.
+    """
+    source = source.with_reading(draft.data.reading)
     checked = min(len(source), draft.data.scan_sample or len(source))
     with console.progress("checking files", checked) as bar:
         found = scan(source, sample=checked, channels=draft.data.channels, progress=bar.update)
@@ -64,11 +67,10 @@ def scan_source(source: Source, draft: Config, console: Console) -> Scan:
             f"{found.known} of {found.checked} files are unchanged since they were last checked, and were not read "
             "again (`unmask check` reads them)"
         )
-    source.digests = found.digests
     if found.forgotten:
         console.print(f"scan results are not cached, so the next command will read all files again: {found.forgotten}")
     reject_bad_data(found, draft)
-    return found
+    return found.applied_to(source), found
 
 
 def odd_image_warnings(source: Source, found: Scan) -> list[str]:

@@ -39,8 +39,14 @@ COLLECTIONS = (*LISTS, *TARS, ".zip", ".parquet", ".pq")
 def eval_images(loaded: Loaded, source: Source) -> ReadableImages:
     """Return the images with this run's preprocessing: its size, channels and dtype, a centre crop, no augmentation."""
     plan, data = loaded.plan, loaded.config.data
-    source.reading, rows = plan.reading, np.arange(len(source))
-    return ReadableImages(source, rows, plan.images, data.crop, training=False, min_valid=data.min_valid)
+    return ReadableImages(
+        source.with_reading(plan.reading),
+        np.arange(len(source)),
+        plan.images,
+        data.crop,
+        training=False,
+        min_valid=data.min_valid,
+    )
 
 
 def eval_precision(loaded: Loaded) -> str:

@@ -168,14 +168,13 @@ def finetune(
     run = Run.open(from_run)
     finetuning_config(read_config(run), ("one", "other"))  # rejects unsupported encoders before images are read
     examples = open_examples(data, options, console)
-    source = examples.annotated.source
     recipe, why = options.recipe, f"recipe {options.recipe}: as requested"
     if recipe == "auto":
         pretrained: Any = read_config(run).method
         recipe, why = choose_recipe(
             task_class(options.task), pretrained.encoder, len(examples.train), from_scratch=options.from_scratch
         )
-    config, found = configure(
+    config, source, found = configure(
         run, examples, options=replace(options, recipe=recipe, settings=settings), budget=budget, console=console
     )
     where = {
@@ -248,8 +247,8 @@ def open_examples(data: str, options: FinetuneOptions, console: Console) -> Exam
 
 def configure(
     run: Run, examples: Examples, options: FinetuneOptions, budget: Budget | None, console: Console
-) -> tuple[Config, Scan]:
-    """Return the configuration of the new run and the scan of its images. Raises ConfigError if they do not fit."""
+) -> tuple[Config, Source, Scan]:
+    """Return the configuration of the new run, its images and their scan. Raises ConfigError if they do not fit."""
     annotated, recipe, task = examples.annotated, options.recipe, options.task
     config = config_from_run(run, annotated.classes, recipe, ignored=options.ignored, from_scratch=options.from_scratch)
     if config.method.name != task:
@@ -263,7 +262,7 @@ def configure(
         raise ConfigError(
             "got data.pages=samples; expected first or channels: labels, masks and boxes belong to files, not to pages"
         )
-    found = training_data.scan_source(annotated.source, config, console)
+    source, found = training_data.scan_source(annotated.source, config, console)
     if task_class(task).whole_images() and "data.size" not in parse(options.settings):
         config = enlarged(config, found.median_size, catalogue.find(recipe).data.size, console)
     if options.from_scratch and config.method.model_dump().get("last_blocks") is not None:
@@ -272,7 +271,7 @@ def configure(
         )
     initial_weights.require_size(config)
     resolve.require_method(config)
-    return config, found
+    return config, source, found
 
 
 def reasons_for(examples: Examples, data: str, options: FinetuneOptions, console: Console) -> list[str]:

@@ -125,7 +125,7 @@ def open_test_set(config: Config, plan: Plan, annotated: AnnotatedImages, consol
             raise ConfigError(
                 f"the {len(rows)} test images have no boxes, so nothing can be measured; give other test images"
             )
-    of.source.reading = plan.reading
+    of = replace(of, source=of.source.with_reading(plan.reading))
     images = ReadableImages(
         of.source, rows, plan.images, data.crop, training=False, whole=task_class(task).whole_images()
     )

@@ -12,7 +12,7 @@ from unmask.errors import SourceError, UserError, listed
 
 
 def require_labels(source: Source, known: Sequence[str] = ()) -> Source:
-    """Return the source if it has labels. Otherwise raise SourceError with the reason and how to add labels.
+    """Return the source with its labels. If it has none, raise SourceError with the reason and how to add labels.
 
     known: training classes; if all images lie in one folder that is named like one of them, they get that label.
     """
@@ -20,7 +20,7 @@ def require_labels(source: Source, known: Sequence[str] = ()) -> Source:
         {name.partition("/")[0] if "/" in name else "" for name in source.names} if source.labels is None else set()
     )
     if len(folders) == 1 and folders <= set(known):
-        source.classes, source.labels = sorted(folders), np.zeros(len(source), np.int64)
+        source = source.with_labels(np.zeros(len(source), np.int64), sorted(folders))
     if source.labels is None:
         if source.unlabelled:
             raise SourceError(f"{source.name} has no class labels: {source.unlabelled}")
@@ -55,7 +55,7 @@ def absent_classes(labels: np.ndarray, classes: Sequence[str]) -> str:
 
 
 def renumber_labels(source: Source, classes: Sequence[str], data: str) -> Source:
-    """Number the labels of a test source like the training classes. Raises UserError for an unknown class.
+    """Return a test source with its labels numbered like the training classes. Raises UserError for an unknown class.
 
     A test set may lack some of the training classes.
     """
@@ -66,6 +66,4 @@ def renumber_labels(source: Source, classes: Sequence[str], data: str) -> Source
             f"{', '.join(classes[:6])}{' ...' if len(classes) > 6 else ''}: put test images into sub-folders with the "
             "same names"
         )
-    source.labels = np.array([number[name] for name in source.classes], np.int64)[labels_of(source)]
-    source.classes = list(classes)
-    return source
+    return source.with_labels(np.array([number[name] for name in source.classes], np.int64)[labels_of(source)], classes)

@@ -120,6 +120,10 @@ class Scan:
             found.update(dict.fromkeys(layout.tolerated, count))
         return found
 
+    def applied_to(self, source: Source) -> Source:
+        """Return the scanned source, decoded as it was in the scan, with the digests that the scan computed."""
+        return source.with_reading(self.reading).with_digests(self.digests)
+
     @property
     def sampled(self) -> bool:
         return self.checked < self.files
@@ -140,15 +144,15 @@ def scan(
     channels: number of channels to convert images to, or None for the most frequent number. Files that cannot be
     converted are reported as bad.
     ignore_cache: also decode files whose results are in the scan cache.
-    Settings that `source.reading` leaves open are decided before the scan and stored in `source.reading`.
+    Settings that `source.reading` leaves open are decided first; `Scan.applied_to` returns a source with them.
     """
     start, began = time.monotonic(), time.time()
     rows = np.arange(len(source))
     if sample is not None and sample < len(rows):
         rows = np.unique(np.linspace(0, len(rows) - 1, sample).astype(np.int64))
     result = Scan(source.name, files=len(source), checked=len(rows))
-    source.reading, result.settled = choose_reading(source, rows.tolist())
-    result.reading = source.reading
+    result.reading, result.settled = choose_reading(source, rows.tolist())
+    source = source.with_reading(result.reading)
     known = load_records(source)
     before = [] if known is None or ignore_cache else [known.at(np.flatnonzero(np.isin(known.rows, rows)))]
     result.known = sum(map(len, before))

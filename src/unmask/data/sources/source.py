@@ -8,6 +8,7 @@ the memory of the names (`files/string_table.py`).
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import os
 import re
@@ -17,6 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 
@@ -49,7 +51,7 @@ class Source(ABC):
     changed: (n,) int64, when the content, name or mode of each row's file (or archive) last changed.
     modified: (n,) int64, when the content of each row's file (or archive) was last written.
     Both `changed` and `modified` are in nanoseconds since 1970, -1 if unknown, or None for images not in files.
-    digests: (n,) uint64 of `content_digest`, 0 if unknown, or None until a scan or the record of a run sets them.
+    digests: (n,) uint64 of `content_digest`, 0 if unknown, or None before a scan or a comparison with a run.
     opened: when listing began, in seconds since 1970.
     class_list: order of the classes as declared by the file, [] if it declares none.
     unlabelled: why a column or folder that looks like labels was not used.
@@ -116,6 +118,24 @@ class Source(ABC):
         for name, size in zip(self.names, self.sizes.tolist(), strict=True):
             digest.update(f"{name}\0{size}\n".encode("utf-8", "surrogateescape"))
         return digest.hexdigest()
+
+    def with_reading(self, reading: Reading) -> Self:
+        """Return a copy of this source whose files are decoded by `reading`."""
+        return self._with(reading=reading)
+
+    def with_digests(self, digests: np.ndarray) -> Self:
+        """Return a copy of this source with the digests (n,) uint64 of its files."""
+        return self._with(digests=digests)
+
+    def with_labels(self, labels: np.ndarray, classes: Sequence[str]) -> Self:
+        """Return a copy of this source with these labels (n,) int64, which are indices of `classes`."""
+        return self._with(labels=labels, classes=list(classes))
+
+    def _with(self, **changes: object) -> Self:
+        changed = copy.copy(self)
+        for name, value in changes.items():
+            setattr(changed, name, value)
+        return changed
 
     def label_by_folder(self) -> None:
         """Set labels from folder names; see `class_folders.py`."""

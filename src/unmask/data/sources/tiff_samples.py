@@ -51,10 +51,8 @@ class TiffPagesSource(Source):
 
 
 def apply_reading(source: Source, reading: Reading) -> Source:
-    """Set how the files of a source are decoded; for data.pages=samples, return a source with a row for every page."""
-    source = TiffPagesSource(source) if reading.pages == "samples" else source
-    source.reading = reading
-    return source
+    """Return the source with its files decoded by `reading`; for data.pages=samples, with a row for every page."""
+    return (TiffPagesSource(source) if reading.pages == "samples" else source).with_reading(reading)
 
 
 def _offsets(source: Source, row: int) -> list[int]:
