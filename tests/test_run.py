@@ -126,3 +126,13 @@ def test_full_disk_error_names_the_file(tmp_path, monkeypatch):
         replace_file(tmp_path / "a.json", b"{}")
     assert raised.value.filename == str(tmp_path / "a.json")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_missing_file_is_read_as_empty_and_a_damaged_one_is_an_error(tmp_path):
+    run = Run.create(tmp_path / "run")
+    assert run.read_if_present("evals/notes.json") == {}
+    run.write("evals/notes.json", {"a": 1})
+    assert run.read_if_present("evals/notes.json") == {"a": 1}
+    (run.evals / "notes.json").write_text("{")
+    with pytest.raises(RunError):
+        run.read_if_present("evals/notes.json")

@@ -290,6 +290,10 @@ class Run:
         """Return the contents of a JSON file. Raises RunError if it is missing, modified or not a JSON object."""
         return self.verified(name).value
 
+    def read_if_present(self, name: str) -> dict[str, Any]:
+        """Return the contents of a JSON file, or {} if there is no such file. Raises RunError like `read`."""
+        return self.read(name) if (self.path / name).exists() else {}
+
     def verified(self, name: str) -> Verified:
         """Return a JSON file of the run with its digest, after checking it. Raises RunError like `read`."""
         path = self.path / name

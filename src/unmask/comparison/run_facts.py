@@ -20,7 +20,7 @@ from unmask.engine.measure import example_batch
 from unmask.engine.training_plan import Plan
 from unmask.recipes.catalogue import all_recipes
 from unmask.report.training_log import last_loss, trained_rows, training_seconds
-from unmask.run import Run
+from unmask.run import PROVENANCE, Run
 
 SAME_WITHIN = 0.01  # numbers with a smaller relative difference count as equal
 
@@ -189,5 +189,5 @@ def _value(tree: Any, key: str) -> Any:
 
 
 def _device(run: Run, plan: Plan) -> str:
-    machine = run.read("provenance.json").get("device") if (run.path / "provenance.json").exists() else None
+    machine = run.read_if_present(PROVENANCE).get("device")
     return f"{plan.precision} on {plan.device}" + (f" ({machine})" if machine else "")

@@ -26,6 +26,7 @@ from unmask.comparison.train_cells import make_cell, sigterm_as_interrupt
 from unmask.console import Console
 from unmask.data.sources.source import Source
 from unmask.run import Run, RunError
+from unmask.system.plain_names import default_folder
 from unmask.system.shell_command import shell_command
 
 
@@ -74,8 +75,7 @@ def make_cells(folder: Path, plan: TablePlan, console: Console) -> None:
 
 def default_out(request: TableRequest, source: Source) -> Path:
     """Return the default folder of a table, used without --out."""
-    stem = "".join(letter if letter.isalnum() else "-" for letter in Path(source.name).name.split(".")[0]).strip("-")
-    return Path("runs") / f"{stem or 'images'}-table-{request.table}"
+    return default_folder(source.name, f"table-{request.table}")
 
 
 @contextmanager

@@ -160,7 +160,7 @@ _TABLE = TypeAdapter(TableResults)
 def read_table(folder: Path, state: str) -> TableResults:
     """Read the results of a table. state: "running", "stopped" or "finished" ("failed" instead if a cell failed)."""
     plan = load_plan(folder)
-    failures = Run(folder).read(FAILURES) if (folder / FAILURES).exists() else {}
+    failures = Run(folder).read_if_present(FAILURES)
     rows = with_ratios([read_cell(folder, plan, cell, failures) for cell in plan.cells])
     if state == "finished" and any(row.state == "failed" for row in rows):
         state = "failed"

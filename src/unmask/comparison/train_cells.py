@@ -72,7 +72,7 @@ def make_cell(folder: Path, plan: TablePlan, cell: PlannedCell, seed: int, conso
 
 def record_failure(folder: Path, name: str, fault: str | None) -> None:
     """Write the reason why a run failed to failures.json, or remove an earlier reason if it is None."""
-    failures = Run(folder).read(FAILURES) if (folder / FAILURES).exists() else {}
+    failures = Run(folder).read_if_present(FAILURES)
     if failures.get(name) != fault:
         others = {other: reason for other, reason in failures.items() if other != name}
         Run(folder).write(FAILURES, others if fault is None else others | {name: fault})

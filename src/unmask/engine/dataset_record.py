@@ -21,7 +21,7 @@ from unmask.data.scan.identity import Difference, record_of
 from unmask.data.sources.source import Source
 from unmask.engine import checkpoint
 from unmask.engine.training_plan import Plan
-from unmask.run import Run, RunError
+from unmask.run import PROVENANCE, Run, RunError
 
 DATA, MASKS, TEST, TEST_MASKS = "data", "masks", "test", "test-masks"
 ONLY_NAMED = Difference(changed=[("some files", "different names or sizes; this run has no record of file contents")])
@@ -121,7 +121,7 @@ def note_change(run: Run, what: str, **about: Any) -> str:
     what: "changed" (--allow-dataset-change) or "moved" (`resume --data`).
     """
     step, when = checkpoint.newest_step(run) or 0, time.strftime("%Y-%m-%dT%H:%M:%S%z")
-    made = run.read("provenance.json") if (run.path / "provenance.json").exists() else {}
+    made = run.read_if_present(PROVENANCE)
     entry = {"what": what, "time": when, "step": step, **about}
     run.write("provenance.json", {**made, "data_changes": [*made.get("data_changes", []), entry]})
     return f"step {step}, {when}: images {what}" + (f" ({about['summary']})" if about.get("summary") else "")

@@ -115,7 +115,7 @@ def complete(run: Run) -> None:
 
 def add_edit(run: Run, edit: Mapping[str, Any]) -> None:
     """Append a change to the record in provenance.json, unless it is there already."""
-    made = run.read(PROVENANCE) if (run.path / PROVENANCE).exists() else {}
+    made = run.read_if_present(PROVENANCE)
     if edit not in made.get(EDITS, []):
         run.write(PROVENANCE, made | {EDITS: [*made.get(EDITS, []), dict(edit)]})
 

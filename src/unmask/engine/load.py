@@ -17,7 +17,7 @@ from unmask.engine.training_plan import Plan
 from unmask.method import Method
 from unmask.nn import positions
 from unmask.nn.default_dtype import float32_default
-from unmask.run import Run, RunError
+from unmask.run import PROVENANCE, Run, RunError
 
 Read = TypeVar("Read", bound=BaseModel)
 
@@ -39,7 +39,7 @@ class Loaded:
 
 def licence_of(run: Run) -> str:
     """Return the licence of imported weights, or of weights trained from them, or "" if there is none."""
-    made = run.read("provenance.json") if (run.path / "provenance.json").exists() else {}
+    made = run.read_if_present(PROVENANCE)
     return str(made.get("imported", {}).get("licence") or made.get("licence") or "")
 
 

@@ -47,6 +47,7 @@ from unmask.engine.training_data import (
 from unmask.nn.default_dtype import float32_default
 from unmask.run import CONFIG, PLAN, PROVENANCE, Run
 from unmask.system.atomic_files import free_path
+from unmask.system.plain_names import default_folder
 from unmask.system.processes import reject_several_processes, require_main_guard
 
 
@@ -178,5 +179,4 @@ def start_run(request: TrainingRequest, *, out: str | Path | None, console: Cons
 
 def free_name(source: Source, config: Config) -> Path:
     """Return runs/<data>-<recipe>, with a number appended if that exists."""
-    stem = "".join(letter if letter.isalnum() else "-" for letter in Path(source.name).name.split(".")[0]).strip("-")
-    return free_path(Path("runs") / f"{stem or 'images'}-{config.recipe}")
+    return free_path(default_folder(source.name, config.recipe))

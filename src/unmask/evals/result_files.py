@@ -8,6 +8,7 @@ from unmask.errors import UserError
 from unmask.evals.probe_options import DEFAULT_DRAWS, ProbeOptions
 from unmask.results import CurveResult, FeatureMeasurement, ProbeResult, from_json, to_json
 from unmask.run import Run
+from unmask.system.plain_names import plain_name
 
 
 def save_result(run: Run, result: ProbeResult | CurveResult, options: ProbeOptions) -> str:
@@ -44,7 +45,7 @@ def file_name(result: ProbeResult | CurveResult, options: ProbeOptions) -> str:
         first = "curve"
     elif result.targets is not None:
         first = "targets"
-    parts = [first, result.kind, _plain(str(result.data)) or "data"]
+    parts = [first, result.kind, plain_name(str(result.data)) or "data"]
     if result.budgets is not None:
         parts += [*(str(number) for number in result.budgets), "shots"]
     if isinstance(result, CurveResult) and result.draws != DEFAULT_DRAWS:
@@ -58,12 +59,8 @@ def file_name(result: ProbeResult | CurveResult, options: ProbeOptions) -> str:
     if result.mask_votes is not None:
         parts += ["masks", str(result.mask_votes)]
     if options.test is not None:
-        parts += ["on", _plain(options.test)]
+        parts += ["on", plain_name(options.test)]
     if result.targets is not None:
         columns = result.targets.columns or ()
-        parts += ["by", _plain(Path(result.targets.path).stem), *map(_plain, columns), result.task]
+        parts += ["by", plain_name(Path(result.targets.path).stem), *map(plain_name, columns), result.task]
     return "-".join(parts)
-
-
-def _plain(path: str) -> str:
-    return "".join(letter if letter.isalnum() else "-" for letter in Path(path).name).strip("-")

@@ -29,7 +29,7 @@ from unmask.results import (
     ProbeResult,
     read_results,
 )
-from unmask.run import Run
+from unmask.run import PROVENANCE, Run
 
 OTHER_TASKS = ("ae", "dae", "dvae", "igpt")  # methods that hide no patches
 NOT_STATED = "not stated"
@@ -58,7 +58,7 @@ def model_card(run: Run, loaded: Loaded, target: ExportTarget, exported: Exporte
     exported: its code must contain the final path. tested: a sentence about the check of the export.
     """
     config, plan = loaded.config, loaded.plan
-    provenance = run.read("provenance.json") if (run.path / "provenance.json").exists() else {}
+    provenance = run.read_if_present(PROVENANCE)
     parts = [
         front_matter(config, target.library_name, licence(run), classifies=exported.classifies),
         f"# {run.path.resolve().name}\n",

@@ -102,10 +102,10 @@ def write_report(path: str | Path, *, log: Callable[[str], object] = warn) -> Pa
 
 def run_section(run: Run) -> RunSection:
     """Read the contents of the page for one run."""
-    config, plan = run.read("config.json"), _read_if_there(run, "plan.json")
+    config, plan = run.read("config.json"), run.read_if_present("plan.json")
     results = read_results(run)
     faults = list(results.damaged)
-    provenance = _or_fault(lambda: _read_if_there(run, PROVENANCE), {}, faults)
+    provenance = _or_fault(lambda: run.read_if_present(PROVENANCE), {}, faults)
     metrics, quarantine = (_or_fault(read, [], faults) for read in (run.metrics, run.quarantine))
     trained, status = trained_rows(metrics), run.status()
     return RunSection(
@@ -141,11 +141,6 @@ def probe_sections(results: Results) -> list[ProbeSection]:
 
 def _source(source: str | Sequence[str]) -> str:
     return source if isinstance(source, str) else ", ".join(source)
-
-
-def _read_if_there(run: Run, name: str) -> dict[str, Any]:
-    """Read a JSON file of the run; return {} if it does not exist yet."""
-    return run.read(name) if (run.path / name).exists() else {}
 
 
 T = TypeVar("T")
