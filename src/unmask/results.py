@@ -37,6 +37,13 @@ POOLS = {"cls": "class token", "mean": "mean over patches", "pixels": "pixels"}
 """Poolings in words. Probes of all tokens declare their own, see `evals/probe_kind.py`."""
 
 
+def show_score(value: float, metric: str) -> str:
+    """Format a score: '61.0%' for an accuracy, '0.412' for average precision and R2, '31.2' for other metrics."""
+    if metric == ACCURACY:
+        return f"{value:.1%}"
+    return f"{value:.3f}" if metric in (MEAN_AP, R2) else f"{value:.3g}"
+
+
 class RunFolder(Protocol):
     """The members of `Run` that this module uses."""
 

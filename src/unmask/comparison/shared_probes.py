@@ -7,9 +7,8 @@ from dataclasses import dataclass
 
 from unmask.comparison.agreement import difference, single_run
 from unmask.evals.probe_kind import pool_title
-from unmask.report.page import show_score
 from unmask.report.probe_section import full_width, probe_title
-from unmask.results import ACCURACY, PRETRAINED, FeatureScore, ImageSet, ProbeResult, Results, TestIdentity
+from unmask.results import ACCURACY, PRETRAINED, FeatureScore, ImageSet, ProbeResult, Results, TestIdentity, show_score
 
 NO_SHARED_PROBE = (
     "No probe is shared by all of these runs, so it is unknown which features are better; measure one with: unmask "

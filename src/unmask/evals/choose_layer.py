@@ -16,9 +16,8 @@ from unmask.evals.encoder_views import best_layer
 from unmask.evals.frozen_features import FeatureTable
 from unmask.evals.measures import average_precision, by_column, r_squared
 from unmask.evals.probe_kind import TrainingTargets
-from unmask.evals.probe_text import show
 from unmask.evals.probes.linear import fit_linear
-from unmask.results import CLASSES, METRICS, MULTILABEL, LayerChoice
+from unmask.results import CLASSES, METRICS, MULTILABEL, LayerChoice, show_score
 
 C_FOR_LAYERS = 0.1
 ENOUGH_PREDICTIONS = 500  # number of held-out predictions that ends the rounds
@@ -50,7 +49,7 @@ def choose_layer(tables: Sequence[FeatureTable], y: np.ndarray, *, task: str, se
         if sum(counts) >= ENOUGH_PREDICTIONS:
             break
     values = (np.sum(rounds, 0) / sum(counts)).tolist()
-    scores = ", ".join(show(value, METRICS[task]) for value in values)
+    scores = ", ".join(show_score(value, METRICS[task]) for value in values)
     images = f"{counts[0]} training images held out" + (f", {len(rounds)} times" if len(rounds) > 1 else "")
     why = f"best linear probe of layers 0 to {len(tables) - 1} on {images}: {scores}"
     return LayerChoice(best_layer(values), len(tables) - 1, why)

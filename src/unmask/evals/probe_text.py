@@ -12,7 +12,6 @@ from unmask.results import (
     CONTROLS,
     MEAN_AP,
     PRETRAINED,
-    R2,
     RANDOM_INIT,
     RAW_PIXELS,
     REGRESSION,
@@ -22,17 +21,11 @@ from unmask.results import (
     FeatureScore,
     ProbeResult,
     TargetScore,
+    show_score,
 )
 
 PHRASES = {RAW_PIXELS: "raw pixels", RANDOM_INIT: "the same encoder untrained"}
 UNKNOWN_HELP = "Whether pre-training helped is not known from this: probe again with --controls."
-
-
-def show(value: float, metric: str) -> str:
-    """Format a score: '61.0%' for an accuracy, '0.412' for average precision and R2, '31.2' for other metrics."""
-    if metric == ACCURACY:
-        return f"{value:.1%}"
-    return f"{value:.3f}" if metric in (MEAN_AP, R2) else f"{value:.3g}"
 
 
 # Protocol
@@ -81,7 +74,7 @@ def verdict(result: ProbeResult, phrase: str) -> str:
         unclear = "" if _is_above(own, result.chance) else ", which is indistinguishable from chance"
         sentences = [f"{_capitalised(score)}{unclear}. {UNKNOWN_HELP}"]
     elif not any(_is_above(row, result.chance) for row in (own, *controls)):
-        others = " and ".join(f"{PHRASES[row.features]} {show(row.value, result.metric)}" for row in controls)
+        others = " and ".join(f"{PHRASES[row.features]} {show_score(row.value, result.metric)}" for row in controls)
         sentences = [
             f"No verdict: everything is near chance level. {_capitalised(score)}, {others}. Either the labels are not "
             "visible in such images, or there are too few of them."
@@ -126,7 +119,7 @@ def _lead(differences: Sequence[Difference]) -> str:
 
 
 def _clause(other: FeatureScore, difference: Difference, metric: str) -> str:
-    name = f"{PHRASES.get(other.features, other.features)} ({show(other.value, metric)})"
+    name = f"{PHRASES.get(other.features, other.features)} ({show_score(other.value, metric)})"
     scale, digits, unit = (100, 1, " points") if metric == ACCURACY else (1, 3, "")
     points, low, high = (scale * value for value in (difference.value, difference.low, difference.high))
     span = f"95% interval {low:+.{digits}f} to {high:+.{digits}f}"
@@ -148,7 +141,7 @@ def _against(result: ProbeResult) -> Iterator[str]:
         assert other is not None, "it was compared"
         pool = pool_title(result.kind, other.pool)
         yield (
-            f"Compared with {other.features} ({pool} of both), {show(own.value, result.metric)}: "
+            f"Compared with {other.features} ({pool} of both), {show_score(own.value, result.metric)}: "
             f"{_clause(other, difference, result.metric)}."
         )
 
@@ -205,9 +198,9 @@ def print_result(result: ProbeResult | CurveResult, console: Console) -> None:
         for row in result.rows:
             interval = ""
             if row.low is not None and row.high is not None:
-                interval = f"95% interval {show(row.low, result.metric)} to {show(row.high, result.metric)}"
+                interval = f"95% interval {show_score(row.low, result.metric)} to {show_score(row.high, result.metric)}"
             notes = "; ".join(filter(None, [interval, *_notes(row)]))
-            value = f"  {row.features:12s} {row.pool:9s} {show(row.value, result.metric):>6s}"
+            value = f"  {row.features:12s} {row.pool:9s} {show_score(row.value, result.metric):>6s}"
             console.print(value + (f"  ({notes})" if notes else ""))
             if len(row.targets) > 1 or result.task == REGRESSION:
                 for target in row.targets:
@@ -223,7 +216,9 @@ def _headline(result: ProbeResult | CurveResult) -> str:
     named = f"{len(result.names)} classes" if result.task == CLASSES else f"{result.task} of "
     if result.task != CLASSES:
         named += ", ".join(result.names[:6])
-    chance = f", chance {show(result.chance or 0.0, result.metric)}" if result.metric in (ACCURACY, MEAN_AP) else ""
+    chance = (
+        f", chance {show_score(result.chance or 0.0, result.metric)}" if result.metric in (ACCURACY, MEAN_AP) else ""
+    )
     return (
         f"{result.title} on {result.data}: {up_to}{result.train_images} training images{shots}, {result.test_images} "
         f"test images, {named}{chance}"

@@ -17,7 +17,6 @@ from unmask.config import Config, method_module, task_class, task_names
 from unmask.engine.load import Loaded, licence_of
 from unmask.engine.training_plan import Plan
 from unmask.interop.export_target import ExportedModel, ExportTarget
-from unmask.report.page import show_score
 from unmask.report.probe_section import ImageNames, title_with
 from unmask.results import (
     ACCURACY,
@@ -28,6 +27,7 @@ from unmask.results import (
     FinetuneResult,
     ProbeResult,
     read_results,
+    show_score,
 )
 from unmask.run import PROVENANCE, Run
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from jinja2 import Environment, FunctionLoader, StrictUndefined
 
-from unmask.results import ACCURACY
+from unmask.results import ACCURACY, show_score
 
 
 def render(template: str, **values: Any) -> bytes:
@@ -17,15 +17,10 @@ def render(template: str, **values: Any) -> bytes:
     files = resources.files("unmask.report") / "templates"
     loader = FunctionLoader(lambda name: files.joinpath(name).read_text("utf-8"))
     pages = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    pages.filters["percent"] = lambda value: f"{100 * value:.1f}%"
+    pages.filters["percent"] = lambda value: show_score(value, ACCURACY)
     pages.filters["score"] = show_score
     pages.filters["decimals"] = lambda value: "not defined" if value is None else f"{value:.3f}"
     return pages.get_template(template).render(**values).encode("utf-8", "backslashreplace")
-
-
-def show_score(value: float, metric: str) -> str:
-    """Format a score: accuracies in per cent, other metrics with three decimals."""
-    return f"{100 * value:.1f}%" if metric == ACCURACY else f"{value:.3f}"
 
 
 def png_url(file: Path) -> str:

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 from unmask.report.charts import curve_chart
-from unmask.report.page import show_score
-from unmask.results import R2, UNLABELLED, CurveResult, FeatureMeasurement, FeatureScore, ProbeResult
+from unmask.results import R2, UNLABELLED, CurveResult, FeatureMeasurement, FeatureScore, ProbeResult, show_score
 
 
 @dataclass(frozen=True)

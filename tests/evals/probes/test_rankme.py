@@ -62,6 +62,7 @@ def test_images_without_labels_are_measured_with_both_controls_and_shown_in_the_
     assert f"pre-trained  mean      {result.rows[-1].value:6.3g}" in err
     page = html.unescape((run.path / "report.html").read_text())
     assert f"Effective rank (RankMe) on {images}<" in page
+    assert f"<td>{result.rows[-1].value:.3g}</td>" in page, "the report rounds as the console does"
     assert result.verdict in page
 
 
