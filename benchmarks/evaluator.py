@@ -2,15 +2,17 @@
 
     python benchmarks/evaluator.py [--features TRAIN.npz TEST.npz] [--json] [--keep]
 
---features reads files that `unmask embed RUN DATA --out FILE.npz` wrote. Without it, the features are random: ten
-classes, with correlated directions of decreasing variance, as real features have them.
+--features reads files that `unmask embed RUN DATA --out FILE.npz` wrote. Without --features, the features are random
+vectors of ten classes, correlated and with decreasing variance like real features.
 
-kNN: k = 20 by cosine, votes weighted with exp(s / 0.07). The rival is KNeighborsClassifier with the same weights.
-Linear: C is chosen from eight powers of ten on a fifth of the rows. The rival fits all eight from scratch; ours starts
-each fit from the previous one and ends the search early.
+kNN: the 20 nearest neighbours by cosine similarity s vote, weighted with exp(s / 0.07). The rival is scikit-learn's
+KNeighborsClassifier with the same vote weights. Linear: the regularisation C is chosen from eight powers of ten on a
+fifth of the rows. The rival is scikit-learn's LogisticRegression, which fits all eight values from scratch. unmask
+starts each fit from the previous one and ends the search early.
 
-`agree` is the share of test rows for which both predict the same class. Every measurement runs in its own process;
-its memory is the peak minus the memory at the start. --tiny uses very small data, for the test of this script.
+`agree` is the share of test rows for which unmask and the rival predict the same class. Every measurement runs in its
+own process. The reported memory is the peak minus the memory at the start. --tiny uses very small data, for the test of
+this script.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ from unmask.evals.probes.linear import C_GRID, MAX_ITERATIONS, Standardise, fit_
 CLASSES = 10
 SIZES = {"knn": [(10_000, 2_000, 192), (50_000, 10_000, 768)], "linear": [(10_000, 2_000, 192), (50_000, 10_000, 192)]}
 TINY = {"knn": [(200, 40, 8)], "linear": [(200, 40, 8)]}
-MOST_OF_RIVAL = 20_000  # the linear rival is timed on at most this many rows; with more, it takes many minutes
+MOST_OF_RIVAL = 20_000  # maximum rows for scikit-learn's linear probe, which takes many minutes with more
 
 Rows = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
@@ -52,7 +54,10 @@ def random_features(train: int, test: int, width: int) -> Rows:
 
 
 def stored_features(train: Path, test: Path) -> Rows:
-    """Return the same from two files of `unmask embed`: the mean over patches, and the labels."""
+    """Read (training rows, their classes, test rows, their classes) from two files of `unmask embed`.
+
+    The rows are the means over patches.
+    """
     found: list[np.ndarray] = []
     for file in (train, test):
         with np.load(file) as stored:
@@ -97,7 +102,7 @@ PROBES = {("knn", "ours"): our_knn, ("knn", "theirs"): their_knn, ("linear", "ou
 
 
 def in_own_process(probe: str, whose: str, rows: Rows) -> tuple[float, float, np.ndarray]:
-    """Run one call in its own process; return (seconds, peak memory minus that at the start in MiB, predictions)."""
+    """Run one call in its own process; return (seconds, increase of peak memory in MiB, predictions)."""
     here, there = multiprocessing.get_context("fork").Pipe()
     worker = multiprocessing.get_context("fork").Process(target=_call, args=(there, probe, whose, rows))
     worker.start()

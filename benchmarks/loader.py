@@ -3,22 +3,23 @@
     python benchmarks/loader.py FOLDER [--large 24] [--workers 2] [--json] [--keep]
     python benchmarks/loader.py --tiny
 
-FOLDER contains JPEGs. The rivals run in turns on one core and are timed in processor time, which other programs affect
-less than wall-clock time. `--workers N` adds rows in wall-clock time with N loader processes, and the time that a
-training step waits for data. Rates are medians; `spread` is the largest difference between the slowest and the fastest
-round of a rival, relative to its median.
+FOLDER contains JPEGs. The compared loaders run in turns on one core and are timed in processor time, which other
+programs affect less than wall-clock time. `--workers N` adds rows in wall-clock time with N loader processes, and the
+time that a training step waits for data. Rates are medians; `spread` is the difference between the slowest and the
+fastest round of a loader, relative to its median, and the largest over all loaders is reported.
 
 `reference` is the input pipeline of the MAE paper's code, written with Pillow: decode to RGB, random resized crop
-(0.2, 1) with bicubic filter, flip, convert to a float tensor, normalise. `reference_uint8` leaves out the last two
-steps, as unmask's loader does, because its encoder normalises on the device. All of them use the same crop boxes of the
-same files. `bare_decode` only reads and decodes the whole file, which bounds the rate of any loader that decodes whole
-files. `unmask_repeats` uses four crops of each decoded image. `unmask_for_device` leaves resampling to the device; only
-the work of the loader is measured.
+(0.2, 1) with bicubic filter, flip, convert to a float tensor, normalise. `reference_uint8` leaves out the conversion to
+float and the normalisation, as unmask's loader does, because unmask's encoder normalises on the device. All pipelines
+use the same crop boxes of the same files. `bare_decode` only reads and decodes the whole file, which bounds the rate of
+any loader that decodes whole files. `unmask_repeats` uses four crops of each decoded image. `unmask_for_device` leaves
+resampling to the device, and only the loader is timed.
 
-`--large N` makes N photographs of 12 megapixels from the first images of FOLDER: enlarged, with Gaussian noise of
-`--noise` levels, JPEG quality 90. With noise of 4 levels they have about 2.8 MB, like photographs of cameras; without
-noise about 1 MB. Most of the time is entropy decoding, which decoding at a smaller scale does not avoid. They are
-measured unchanged, and again after `unmask pack` with a short side of 512.
+`--large N` makes N photographs of 12 megapixels from the first images of FOLDER: the images are enlarged, get Gaussian
+noise of `--noise` levels, and are saved with JPEG quality 90. With noise of 4 levels they have about 2.8 MB, like
+photographs of cameras; without noise they have about 1 MB. Most of their loading time is entropy decoding, which
+decoding at a smaller scale does not avoid. They are loaded unchanged, and again after `unmask pack` with a short side
+of 512.
 """
 
 from __future__ import annotations
@@ -64,7 +65,9 @@ def main() -> None:
         "--images", type=int, default=192, help="use at most this many images of FOLDER, in whole batches"
     )
     parser.add_argument("--large", type=int, default=0, help="number of photographs of 12 megapixels to make")
-    parser.add_argument("--noise", type=float, default=4.0, help="standard deviation of their noise, in levels of 255")
+    parser.add_argument(
+        "--noise", type=float, default=4.0, help="standard deviation of their Gaussian noise, in levels"
+    )
     parser.add_argument(
         "--workers", type=int, default=0, help="also measure wall-clock time, with this many loader processes"
     )
@@ -90,7 +93,7 @@ def main() -> None:
 
 
 def measured(source: Source, what: str, most: int, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Measure all rivals on one set of images; return the rows of the result."""
+    """Measure all loaders on one set of images; return the rows of the result."""
     batch = min(options.batch, len(source), most)
     count = min(len(source), most) // batch * batch
     spec = ImageSpec(3, (options.size,) * 2, "uint8", (0.0,) * 3, (1.0,) * 3)
@@ -136,7 +139,7 @@ def measured(source: Source, what: str, most: int, options: argparse.Namespace) 
 def in_turns(
     rivals: Mapping[str, Callable[[], object]], rounds: int, clock: Callable[[], float]
 ) -> dict[str, list[float]]:
-    """Time the rivals in turns, after one round of warm-up; return the seconds of every call of each."""
+    """Time the loaders in turns, after one round of warm-up; return {loader: seconds of every call}."""
     times: dict[str, list[float]] = {name: [] for name in rivals}
     for number in range(rounds + 1):
         for name, call in rivals.items():
@@ -156,7 +159,7 @@ def bare_decode(source: Source, rows: np.ndarray) -> None:
 
 
 def drawn(source: Source, rows: np.ndarray, images: ImageReader) -> tuple[np.ndarray, np.ndarray]:
-    """Return the crop boxes (n, 4), in pixels of the file, and flips (n,) of these rows in unmask's first epoch."""
+    """Return the crop boxes (n, 4), in pixels of the files, and flips (n,) of these images in unmask's first epoch."""
     first = np.zeros(len(rows), np.int64)
     heads = [header(source.read(int(row))) for row in rows]
     sizes = np.array([head.full_size for head in heads])
@@ -196,7 +199,7 @@ def reference(
 def pixel_difference(
     images: ImageReader, order: Any, boxes: np.ndarray, flips: np.ndarray, size: int
 ) -> dict[str, float]:
-    """Return the mean absolute difference, in levels, from Pillow's decode and resize: the mean and the worst image."""
+    """Return unmask's mean absolute difference from Pillow in levels: (mean over images, worst image)."""
     differences = []
     for start in range(0, len(order.index), 16):
         part = slice(start, start + 16)
@@ -218,7 +221,7 @@ def pixel_difference(
 
 
 class Bare(Dataset[int]):
-    """Decodes all images of a batch in full and discards them."""
+    """Decode all images of a batch in full and discard them."""
 
     def __init__(self, source: Source, rows: np.ndarray, batch: int, batches: int) -> None:
         self.source, self.parts = source, [np.resize(np.roll(rows, -i * batch), batch) for i in range(batches)]
@@ -234,7 +237,10 @@ class Bare(Dataset[int]):
 def with_workers(
     images: ImageReader, what: str, count: int, batch: int, rows: np.ndarray, options: argparse.Namespace
 ) -> dict[str, Any]:
-    """Measure rates in wall-clock time, and the share of waiting for a step that takes 1.2 times as long as loading."""
+    """Measure rates in wall-clock time, and the share of time that training waits for data.
+
+    A training step is assumed to take 1.2 times as long as loading.
+    """
     workers, batches = options.workers, max(6 * options.workers, (1 if options.tiny else 1536) // batch)
 
     def stream(data: ImageReader) -> Iterator[Any]:
@@ -273,7 +279,7 @@ def seconds_of_a_batch(arriving: Iterator[Any], workers: int) -> float:
 
 
 def waits_of(arriving: Iterator[Any], step: float) -> list[float]:
-    """Return the seconds waited for each batch; sleep `step` seconds after each, as if a GPU were computing."""
+    """Return the seconds waited for each batch, sleeping `step` seconds after each as if a GPU were computing."""
     waits, start = [], time.perf_counter()
     for _ in arriving:
         waits.append(time.perf_counter() - start)
@@ -296,7 +302,7 @@ def draw_images(folder: Path, count: int) -> Path:
 
 
 def enlarge(source: Source, folder: Path, count: int, sides: tuple[int, int], noise: float) -> None:
-    """Write photographs of `sides` (width, height), as the module docstring describes."""
+    """Write the photographs of `--large`, each of `sides` (width, height)."""
     folder.mkdir()
     rng = np.random.default_rng(0)
     for number in range(count):

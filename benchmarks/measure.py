@@ -1,7 +1,7 @@
 """Shared by all benchmarks: timings of rivals in turns, and a result file with date, device, versions and command.
 
-Rivals are timed in turns, so that a slow minute of a busy machine affects all of them. The median of each and the ratio
-of the medians are reported.
+Rivals are timed in turns, so that a slow minute of a busy machine affects all of them. The median of each rival and the
+ratio of the medians are reported.
 """
 
 from __future__ import annotations
@@ -25,19 +25,22 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def command_line(doc: str | None, *, rounds: int, result: str) -> argparse.ArgumentParser:
-    """Return a parser with the options of all benchmarks. doc: the help text. result: name of the file of --keep."""
+    """Return a parser with the options of all benchmarks.
+
+    doc: the help text. result: name of the file that --keep writes.
+    """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--rounds", type=int, default=rounds, help=f"rounds in which every rival runs once (default {rounds})"
+        "--rounds", type=int, default=rounds, help=f"number of rounds; every rival runs once in each (default {rounds})"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
     parser.add_argument("--keep", action="store_true", help=f"write benchmarks/results/{result}-<cpu or cuda>.json")
-    parser.add_argument("--tiny", action="store_true", help="only test that the script runs, on very small data")
+    parser.add_argument("--tiny", action="store_true", help="run on very small data, only to test the script")
     return parser
 
 
 def timings(rivals: Mapping[str, Callable[[], object]], *, rounds: int, warmup: int = 1) -> dict[str, list[float]]:
-    """Time the rivals in turns; return the seconds of every call of each."""
+    """Time the rivals in turns; return {rival: seconds of every call}."""
     for _ in range(warmup):
         for call in rivals.values():
             call()
@@ -53,7 +56,7 @@ def timings(rivals: Mapping[str, Callable[[], object]], *, rounds: int, warmup: 
 
 
 def medians(rivals: Mapping[str, Callable[[], object]], *, rounds: int, warmup: int = 1) -> dict[str, float]:
-    """Time the rivals in turns; return the median seconds of a call of each."""
+    """Time the rivals in turns; return {rival: median seconds of a call}."""
     return {name: statistics.median(values) for name, values in timings(rivals, rounds=rounds, warmup=warmup).items()}
 
 
@@ -91,7 +94,10 @@ def origin(packages: Sequence[str] = ("torch", "transformers", "numpy", "pillow"
 
 
 def conclude(name: str, rows: list[dict[str, Any]], about: dict[str, Any], *, as_json: bool, keep: bool) -> None:
-    """Print the rows, or with as_json one object that also has `about`. keep: write that object to `results`."""
+    """Print the rows as lines, or with as_json as one object together with `about`.
+
+    keep: also write the object to the folder `results`.
+    """
     found = {**about, "rows": rows}
     path = RESULTS / f"{name}-{'cuda' if torch.cuda.is_available() else 'cpu'}.json"
     if keep:

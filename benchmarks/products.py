@@ -3,9 +3,9 @@
     python benchmarks/products.py [--rounds 9] [--json] [--keep] [--tiny]
     ONEDNN_MAX_CPU_ISA=AVX2 python benchmarks/products.py       without oneDNN's AVX-512 code
 
-Rates are in GFLOP/s of one thread, of the fastest round in processor time, so that other programs affect them little.
-`ratio` is the gain of `unmask.nn.linear_layer`, which calls oneDNN on AMD processors with AVX-512. It depends on the
-width of the processor's vector units, which the CPU flags do not show.
+Rates are in GFLOP/s of one thread, from the fastest round in processor time, which other programs affect little.
+`ratio` is oneDNN's rate divided by torch's: the gain of `unmask.nn.linear_layer`, which calls oneDNN on AMD processors
+with AVX-512. The ratio depends on the width of the processor's vector units, which the CPU flags do not show.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""MAE implementations of other libraries, for `step.py`: built in the sizes of a recipe, with our weights.
+"""MAE implementations of other libraries, for `step.py`, built with the sizes of an unmask recipe and with unmask's
+weights.
 
-Each function returns (model, loss). loss(images, noise=None): images (B, 3, H, W) are normalised; the patches with the
-smallest values of noise (B, N) stay visible; without noise, the model draws its own.
+Each function returns (model, loss), where loss(images, noise=None) takes normalised images (B, 3, H, W). The patches
+with the smallest values of noise (B, N) stay visible; without noise, the model draws its own.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def make_official(config: Config, official: str | None) -> tuple[nn.Module, Call
 
 
 class Lightly(nn.Module):
-    """MAE from lightly's modules, as in its documentation."""
+    """Build MAE from lightly's modules, as lightly's documentation does."""
 
     def __init__(self, config: Config) -> None:
         from lightly.models import utils  # type: ignore[import-not-found]
@@ -104,7 +105,7 @@ RIVALS = {"transformers": make_transformers, "official": make_official, "lightly
 
 
 def renamed(weights: Mapping[str, Tensor], rival: str) -> dict[str, Tensor]:
-    """Return our weights under the rival's names."""
+    """Return unmask's weights under the parameter names of the other library."""
     if rival == "transformers":
         return {new: part for name, value in weights.items() for new, part in _for_transformers(name, value)}
     found = {}

@@ -2,16 +2,18 @@
 
     python benchmarks/scale.py [--parts index order loading encoder] [--files 1000 10000 100000] [--json] [--keep]
 
-index: lists and scans temporary image files in class folders, then both again. The rival is `os.walk` into a sorted
-list of (path, class), as in most data sets. Reported are seconds and bytes per file: of the index itself (by
-tracemalloc), and of the memory that a forked process no longer shares after it has read every name.
+index: lists and scans temporary image files in class folders, and then repeats this with a warm cache. The rival is
+`os.walk` into a sorted list of (path, class), as in most data sets. The result has the seconds and bytes per file: the
+bytes of the index itself (by tracemalloc), and the memory that a forked process no longer shares with its parent after
+it has read every name.
 
 order, loading: up to 1,000,000 names of the same file, so that only the number of rows differs.
 
-encoder: a forward pass at several mask ratios, and how well a line through the number of tokens (visible patches and
-class token) fits the times.
+encoder: the time of a forward pass at several mask ratios, and how well a linear function of the number of tokens
+(visible patches and class token) fits these times.
 
-Times are medians over rounds in turns. --tiny uses very small sizes, for the test of this script.
+Times are medians over rounds in which the measured functions take turns. --tiny uses very small sizes, for the test of
+this script.
 """
 
 from __future__ import annotations
@@ -101,7 +103,7 @@ def index_row(count: int, rounds: int) -> dict[str, Any]:
 
 
 def make_files(root: Path, count: int) -> None:
-    """Write `count` images of 40 x 48 pixels, half JPEG, half PNG, in folders of a hundred."""
+    """Write `count` images of 40 x 48 pixels, half of them JPEG and half PNG, in folders of a hundred images."""
     contents = [(picture((40, 48), kind, seed), kind) for seed in range(8) for kind in ("JPEG", "PNG")]
     for number in range(count):
         content, kind = contents[number % len(contents)]
@@ -112,7 +114,7 @@ def make_files(root: Path, count: int) -> None:
 
 
 def walked(root: Path) -> list[tuple[str, int]]:
-    """Return (path, class) of every file, sorted, as common image folder data sets store them."""
+    """Return a sorted list of (path, class) of every file, like most data sets of image folders."""
     found = []
     for number, folder in enumerate(sorted(entry.name for entry in os.scandir(root) if entry.is_dir())):
         for here, _, names in sorted(os.walk(os.path.join(root, folder))):
@@ -141,7 +143,7 @@ def own_in_a_fork(names: Iterable[str]) -> int:
     if not hasattr(os, "fork") or not Path("/proc/self/smaps_rollup").exists():
         return 0
     reading, writing = os.pipe()
-    with warnings.catch_warnings():  # torch runs threads; the child does not use them
+    with warnings.catch_warnings():  # the child uses none of torch's threads
         warnings.simplefilter("ignore", DeprecationWarning)
         child = os.fork()
     if child == 0:
@@ -176,7 +178,7 @@ class OneFile(Source):
 
 
 def order_rows(counts: list[int], rounds: int) -> list[dict[str, Any]]:
-    """Time the order of an epoch, the random draws, and a start in the middle of an epoch."""
+    """Time how long an epoch's order, its random draws, and a start in the middle of an epoch take."""
     begun = {count: Order(np.arange(count), 0) for count in counts}
     calls: dict[str, Callable[[], object]] = {}
     for count in counts:
@@ -197,7 +199,7 @@ def order_rows(counts: list[int], rounds: int) -> list[dict[str, Any]]:
 
 
 def draw(order: Order) -> None:
-    """Draw the images of DRAWN batches, and 16 random numbers for each image."""
+    """Get the indices of the images of DRAWN batches, and draw 16 random numbers for each image."""
     for number in range(DRAWN):
         taken = order.take(number * BATCH, BATCH)
         Draws(0, torch.from_numpy(taken.epoch), torch.from_numpy(taken.index)).uniform(16)
@@ -259,7 +261,7 @@ def encoder_rows(recipe: str, batch: int, rounds: int) -> list[dict[str, Any]]:
         for i, (ratio, count) in enumerate(zip(RATIOS, tokens, strict=True))
     ]  # fmt: skip
     line = {
-        "part": "encoder, line through tokens",
+        "part": "encoder, linear fit to tokens",
         "recipe": recipe,
         "batch": batch,
         "precision": precision,

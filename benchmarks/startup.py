@@ -1,4 +1,4 @@
-"""Time the start of commands: `unmask --help` and `import unmask`, next to imports of other libraries.
+"""Time how long `unmask --help`, `import unmask` and imports of other libraries take.
 
     python benchmarks/startup.py [--rounds 7] [--json] [--keep]
 

@@ -1,20 +1,22 @@
-"""Time one MAE pre-training step (forward, backward, AdamW) of unmask, of other libraries, and of its matrix products.
+"""Time one MAE pre-training step (forward, backward, AdamW) of unmask and of other libraries, and its matrix products
+alone.
 
     python benchmarks/step.py [--recipes mae_base mae_large] [--batch 16] [--official FOLDER] [--json] [--keep]
 
 Rivals: transformers' ViTMAE, lightly's modules if lightly is installed, and the published code if --official names a
-checkout of facebookresearch/mae (with a timm version that it works with). "compiled" means train.compile here and
-torch.compile there. Every measurement runs in its own process, which gives its peak memory. The processes run in turns;
-the median step of each and the fastest and slowest round are reported. On a machine that runs other programs, the CPU
-seconds of a step (`cpu_s`, the minimum over rounds) are the more reliable number.
+checkout of facebookresearch/mae (with a timm version that it works with). "compiled" means train.compile in unmask and
+torch.compile in the rivals. Every measurement runs in its own process, which gives its peak memory. The processes run
+in turns; for each rival, the median step and the fastest and slowest round are reported. On a machine that runs other
+programs, the CPU seconds of a step (`cpu_s`, the minimum over rounds) are the more reliable number.
 
-All use the same sizes, mask 75 % of the patches, predict normalised pixels, and use a fused AdamW, except for the
-published code in float32, which is used as shipped. The rivals get normalised images on the device. unmask gets uint8
-images, draws its patch masks, checks for non-finite numbers and computes the gradient norm, as in training.
+All implementations use the same sizes, mask 75 % of the patches, predict normalised pixels, and use a fused AdamW,
+except for the published code in float32, which is used as shipped. The rivals get normalised images on the device.
+unmask gets uint8 images, draws its patch masks, checks for non-finite numbers and computes the gradient norm, as in
+training.
 
-`products`: only the forward and backward products of all linear layers, in the same shapes and precision. `share`: the
-model's FLOPs per second divided by the rate of `products`. `loss`: largest relative difference of the loss from ours in
-float32, with the same weights, images and masks.
+`products`: time of only the forward and backward matrix products of all linear layers, in the same shapes and
+precision. `share`: the model's FLOPs per second divided by those of `products`. `loss`: largest relative difference
+between the losses of the rival and of unmask in float32, with the same weights, images and masks.
 
 --tiny times one step of a small model, for the test of this script.
 """
@@ -55,7 +57,7 @@ from unmask.rng import Draws
 
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 TINY = ["data.size=[32,32]", "method.encoder.depth=2", "method.encoder.width=48"]
-SQUARE = 4096  # side of the large product that measures the best rate of the device
+SQUARE = 4096  # size of the square matrices that measure the highest rate of the device
 
 Step = Callable[[], Tensor]
 
@@ -134,7 +136,7 @@ def their_step(task: Task, name: str, *, compiled: bool) -> Step:
 
 
 def linear_shapes(task: Task) -> list[tuple[int, int, int]]:
-    """Return (rows, in, out) of every call of a linear layer of our method, for the whole batch."""
+    """Return (rows, input width, output width) of every call of a linear layer, for the whole batch."""
     seen: list[tuple[int, int, int]] = []
     linear = nn.functional.linear
 
@@ -152,7 +154,7 @@ def linear_shapes(task: Task) -> list[tuple[int, int, int]]:
 
 
 def products(task: Task) -> tuple[Step, float]:
-    """Return a function that computes the forward and backward products of all linear layers, and its FLOPs."""
+    """Return (function that computes the forward and backward products of all linear layers, its FLOPs)."""
     shapes = linear_shapes(task)
     dtype = torch.bfloat16 if task.precision == "bf16" else torch.float32
     made = {shape: torch.randn(shape[0] * shape[1]).to(task.device, dtype).view(shape[:2]) for shape in set(shapes)}
@@ -175,7 +177,7 @@ def products(task: Task) -> tuple[Step, float]:
 
 
 def square(task: Task) -> tuple[Step, float]:
-    """Return a function that computes one large product, for the best rate of the device, and its FLOPs."""
+    """Return (function that computes one large matrix product, its FLOPs), for the device's highest rate."""
     side = 256 if task.tiny else SQUARE
     a, b = torch.randn(2, side, side).to(task.device, torch.bfloat16 if task.precision == "bf16" else torch.float32)
     return lambda: (a @ b)[0, 0], 2.0 * side**3
@@ -233,7 +235,7 @@ def peak_resident() -> int:
 
 @torch.no_grad()
 def agreement(task: Task) -> dict[str, Any]:
-    """Return the float32 losses of our model and of a rival with our weights, on the same images and masks."""
+    """Return the float32 losses of unmask's model and of a rival with the same weights, images and masks."""
     torch.manual_seed(0)
     method = task.config.build(task.spec).to(task.device)
     noise = torch.rand(task.batch, method.encoder.grid[0] * method.encoder.grid[1]).to(task.device)
@@ -253,8 +255,8 @@ def agreement(task: Task) -> dict[str, Any]:
 
 
 def in_child(task: Task, what: str) -> dict[str, Any]:
-    """Run `what` in its own process; for a rival that fails, return {"failed": reason}."""
-    environment = {"GOMP_SPINCOUNT": "2000", **os.environ}  # as set by unmask's command line, for all rivals
+    """Run the measurement `what` in its own process; if it fails, return {"failed": reason}."""
+    environment = {"GOMP_SPINCOUNT": "2000", **os.environ}  # the setting of unmask's command line, for all rivals
     done = subprocess.run(
         [sys.executable, __file__, "--child", what, json.dumps(asdict(task))],
         capture_output=True, text=True, env=environment,
@@ -265,7 +267,7 @@ def in_child(task: Task, what: str) -> dict[str, Any]:
 
 
 def rows_of(task: Task, rivals: list[str], rounds: int) -> list[dict[str, Any]]:
-    """Return a row for each rival, products first."""
+    """Return a row of results for each rival, after the row `products`."""
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in rivals}
     for number in range(rounds):
         for name in rivals:
@@ -301,7 +303,7 @@ def rows_of(task: Task, rivals: list[str], rounds: int) -> list[dict[str, Any]]:
 
 
 def ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return each rival's time over ours (compiled over compiled); `cpu_ratio` is the same in CPU seconds."""
+    """Return each rival's time divided by unmask's (compiled by compiled); `cpu_ratio` uses CPU seconds instead."""
     fast = {row["who"]: row for row in rows if "images_per_s" in row}
     found = []
     for name, row in fast.items():
@@ -342,9 +344,9 @@ def main() -> None:
     )
     parser.add_argument("--steps", type=int, help="timed steps per process")
     parser.add_argument("--precisions", nargs="+", choices=["bf16", "fp32"])
-    parser.add_argument("--rivals", nargs="+", help="default: all that are installed")
-    parser.add_argument("--compiled", action="store_true", help="also with torch.compile (always on a GPU)")
-    parser.add_argument("--official", metavar="FOLDER", help="a checkout of facebookresearch/mae")
+    parser.add_argument("--rivals", nargs="+", help="rivals to time (default: all that are installed)")
+    parser.add_argument("--compiled", action="store_true", help="also time with torch.compile (always done on a GPU)")
+    parser.add_argument("--official", metavar="FOLDER", help="folder of a checkout of facebookresearch/mae")
     options = parser.parse_args()
     device = choose_device("auto")
     there = [name for name in ("transformers", "lightly") if find_spec(name)] + ["official"] * bool(options.official)

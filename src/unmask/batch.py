@@ -1,7 +1,7 @@
 """The input of a method: a `Batch` of images, and the `ImageSpec` that describes the images of a data set.
 
 Images keep the files' dtype (uint8 nearly always, uint16 or float32 for scientific data), because uint8 needs a quarter
-of the bytes of float32. The encoder normalises them, so every method gets the same crop.
+of the bytes of float32. The encoder normalises the images.
 
 Letters used for shapes everywhere in the package: B images of a batch, C channels, H x W pixels, N patches of the grid,
 K kept patches, M dropped (masked) patches, P values of one patch, D width of a token.
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from unmask.errors import UserError
 
-IGNORED = 255  # Class in `Batch.maps` of pixels that the loss and the metrics ignore.
+IGNORED = 255  # Class number of ignored pixels in `Batch.maps`: the loss and the metrics leave them out.
 NO_BOX = -1  # Label in `Batch.box_labels` of padding rows.
 
 DTYPES = {"uint8": torch.uint8, "uint16": torch.uint16, "float32": torch.float32}
@@ -25,9 +25,10 @@ DTYPES = {"uint8": torch.uint8, "uint16": torch.uint16, "float32": torch.float32
 
 @dataclass(frozen=True)
 class ImageSpec:
-    """Properties of the images of one data set. The scan determines them; they are stored with the encoder.
+    """Properties of the images of one data set, which the scan determines. They are stored with the encoder.
 
-    `size` is (H, W) as the method sees them; `mean` and `std` are per channel, in the files' units (0..255 for uint8).
+    size: (H, W) of the method's input in pixels.
+    mean, std: mean and standard deviation of each channel, in the files' units (0..255 for uint8).
     """
 
     channels: int
@@ -54,8 +55,8 @@ class ImageSpec:
     def value_range(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Values per channel that are mapped to 0 and to 1, for methods that need pixels in [0, 1].
 
-        0 and 255 for 8-bit images. Other images seldom use the whole range of their dtype, so the values are the mean
-        minus and plus two standard deviations.
+        For 8-bit images they are 0 and 255. Other images seldom use the whole range of their dtype, so for them the
+        values are the mean minus and plus two standard deviations.
         """
         if self.dtype == "uint8":
             return (0.0,) * self.channels, (255.0,) * self.channels
@@ -68,17 +69,17 @@ class Batch:
     """One (micro-)batch.
 
     images: (B, C, H, W) in the files' dtype; the loader returns them channels-last in memory.
-    index, epoch: (B,) the position of each image in its source, and the number of its earlier uses. Together they
-    determine the random draws of the image.
-    labels: (B,) int64, only for tasks that need it, like the next three.
+    index, epoch: (B,) each, the position of an image in its source, and how often it has been used before. Together
+    they determine the random draws for the image.
+    labels: (B,) int64, class of each image. labels, maps, boxes and box_labels are set only for tasks that need them.
     maps: (B, H, W) int64, the class of every pixel; 255 for pixels that the loss and the metrics ignore.
     boxes: (B, M, 4) float32, (x1, y1, x2, y2) in pixels of `images`.
     box_labels: (B, M) int64; -1 for padding where an image has fewer than M boxes.
-    valid: (B, H, W) bool, False for absent pixels (no data), which hold the data's mean; None (the usual case) if no
-    pixel is absent.
+    valid: (B, H, W) bool, False for absent pixels (no data), which are filled with the data's mean, or None (the usual
+    case) if no pixel is absent.
     min_valid: the loss ignores patches with a smaller share of valid pixels.
-    crops: (B, 7) if the device does the resampling. `images` are then regions of larger images, which
-    `data.device_crops.to_device` resamples to `size` (H, W) with `interpolation`.
+    crops: (B, 7) crop parameters if the device resamples the images, else None. If set, `images` are regions of larger
+    images, which `data.device_crops.to_device` resamples to `size` (H, W) with `interpolation`.
     """
 
     images: Tensor
@@ -103,14 +104,14 @@ class Batch:
 
     @staticmethod
     def join(parts: Sequence[Batch]) -> Batch:
-        """Concatenate batches, in order. All need the same fields and the same number of boxes."""
+        """Concatenate batches, in order. All batches need the same fields and the same number of boxes."""
         if any(part.valid is not None for part in parts):
             parts = [part if part.valid is not None else part._all_valid() for part in parts]
         filled = [name for name, value in vars(parts[0]).items() if isinstance(value, Tensor)]
         return replace(parts[0], **{name: torch.cat([getattr(part, name) for part in parts]) for name in filled})
 
     def require_labels(self) -> Tensor:
-        """Return `labels`. Raises UserError if the images have none."""
+        """Return `labels`. Raises UserError if the images have no labels."""
         if self.labels is None:
             raise UserError(
                 "got images without labels; a classifier learns from labels; put the images of each class into a "

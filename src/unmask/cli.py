@@ -1,4 +1,4 @@
-"""Alias of `unmask.commands`, which installed programs and scripts name `unmask.cli`."""
+"""Alias of `unmask.commands`, for installed programs and scripts that import `unmask.cli`."""
 
 from unmask.commands import app, main
 

@@ -72,7 +72,7 @@ ENCODER = "encoder"
 
 
 class ConfigError(UserError):
-    """An unknown setting or an invalid value; the message names the nearest settings."""
+    """Raised for an unknown setting or an invalid value, with the names of similar settings."""
 
 
 class DataConfig(Settings):
@@ -81,31 +81,35 @@ class DataConfig(Settings):
     source: folder, list file, glob, tar, zip, parquet or the name of a built-in data set, or several of these.
     exclude: patterns of file names to leave out.
     size: (H, W) of the images that the method gets, in pixels.
-    channels, mean, std: None: determined from the data (mean and std in the files' own units).
+    channels, mean, std: number of channels, and mean and standard deviation of each in the files' units (None:
+    determined from the data).
     workers: number of decoding processes (None: chosen for the machine).
     cache: whether to keep decoded images in memory (None: if they fit in `cache_gib`).
-    max_bad_fraction: the run stops if a larger share of the files is unreadable.
-    scan_sample: number of files to check before training, evenly spaced (None: all). An unreadable file that was not
-    checked is recorded and replaced by another image during training.
-    repeats: number of samples per decoded image, each with its own crop and mask, so that every file is decoded in one
-    of `repeats` epochs only. train.batch_size must be a multiple of it.
-    resize: whether the loader's processes or the device resample training crops. "device" is faster for packed or large
-    images, and slower for small ones, because more bytes are copied. The crops are the same up to rounding.
-    test: the test images of a supervised run (None: some images of `source` are held out).
-    nodata: which pixels are absent. Mean, std and loss ignore absent pixels, and images hold the mean there. "auto":
-    pixels with the value that a TIFF declares (GDAL_NODATA), and NaN or infinity in float images. A number: pixels with
-    that value as well, for files that declare none. None: no pixels.
-    min_valid: the loss ignores patches with a smaller share of valid pixels.
+    max_bad_fraction: maximum share of unreadable files; with more, the run stops.
+    scan_sample: number of files to check before training, evenly spaced (None: all). If a file that was not checked
+    turns out to be unreadable during training, it is recorded and replaced by another image.
+    repeats: number of samples per decoded image, each with its own crop and mask, so that every file is decoded in only
+    one of `repeats` epochs. train.batch_size must be a multiple of this number.
+    resize: whether the loader's processes or the device resample training crops. Resampling on the device is faster for
+    packed or large images, and slower for small images, because more bytes are copied. Both give the same crops up to
+    rounding. test: the test images of a supervised run (None: some images of `source` are held out).
+    nodata: which pixels are absent. Mean, standard deviation and loss ignore absent pixels, which are filled with the
+    mean. With "auto", pixels with the value that a TIFF declares (GDAL_NODATA) are absent, and so are NaN and infinity
+    in float images. With a number, pixels with that value are absent too, in files that declare no such value. With
+    None, no pixel is absent.
+    min_valid: minimum share of valid pixels in a patch; the loss ignores patches with less.
     annotations, test_annotations: location of the masks or boxes for segmentation or detection (None: beside the
     images).
     test_split: list of the test images.
-    alpha: whether to composite an alpha channel on white, drop it, or keep it as a band. "auto" composites, but keeps a
-    TIFF's band that is only tagged as alpha.
+    alpha: whether to composite an alpha channel on white, drop it, or keep it as a band. With "auto", alpha is
+    composited, but a TIFF's band that is only tagged as alpha is kept.
     pages: whether to read a TIFF's first page, its pages as channels of one image, or each page as an image
-    ("samples"). "auto" reads the full resolution of a pyramid, and pages as channels if ImageJ or OME metadata says so.
-    axes: order of the axes of a three-dimensional .npy; "auto" guesses where the shape is ambiguous.
-    held_out: number of images held out of pre-training, evenly spaced, for a held-out loss. None: 1 % of the images,
-    at least 64 and at most 256, if there are 1,000 images or more. Supervised runs hold out test images instead.
+    ("samples"). With "auto", the full resolution of a pyramid is read, and pages are channels if ImageJ or OME metadata
+    describes them as such.
+    axes: order of the axes of a three-dimensional .npy file; with "auto" it is guessed from the shape.
+    held_out: number of evenly spaced images that pre-training holds out to measure a held-out loss (None: 1 % of the
+    images, at least 64 and at most 256, if there are 1,000 images or more). Supervised runs hold out test images
+    instead.
     """
 
     source: str | tuple[str, ...] = ""
@@ -135,11 +139,11 @@ class DataConfig(Settings):
 
     @property
     def reading(self) -> Reading:
-        """How to decode image files; unset options stay "auto"."""
+        """How to decode image files, with "auto" for options that are not set."""
         return Reading(alpha=self.alpha, pages=self.pages, axes=self.axes, nodata=self.nodata)
 
     def as_settled(self, reading: Reading) -> dict[str, str]:
-        """Return settings that read other images as a run did: its decisions in place of `auto`."""
+        """Return settings that decode other images like those of a run, with the run's decisions in place of "auto"."""
         settings: dict[str, str] = {}
         if self.alpha == "auto" and reading.tagged != "auto":
             settings["alpha"] = "band" if reading.tagged == "band" else "composite"
@@ -160,10 +164,11 @@ class TrainConfig(Settings):
     batch_size: images per optimiser step, over all micro-batches.
     micro_batch: images per forward pass (None: as many as fit in memory).
     precision: "auto" is bf16 if the processor is fast at it, else fp32.
-    compile: compile the transformer blocks. Takes half a minute or more at the start; on a CPU it needs a C++ compiler.
-    checkpoint_every, checkpoint_minutes: write a checkpoint after so many steps, and after so many minutes.
+    compile: whether to compile the transformer blocks. Compiling takes half a minute or more at the start, and needs a
+    C++ compiler on a CPU.
+    checkpoint_every, checkpoint_minutes: number of steps and minutes after which the next checkpoint is written.
     picture_images: images in each picture, at most 64.
-    test_every: test a supervised run after so many steps (None: ten times in all).
+    test_every: number of steps between tests of a supervised run (None: ten tests in all).
     """
 
     steps: int | None = Field(default=None, gt=0)
@@ -186,8 +191,11 @@ class TrainConfig(Settings):
 class Graft(Settings):
     """Initial weights: copy all tensors under the prefix `source` of another run to the prefix `target`.
 
-    Names and shapes must match. step: step of the checkpoint (None: the newest). The weights are copied before step 0.
-    A run that is resumed from a checkpoint does not read the other run again; a run without a checkpoint does.
+    Names and shapes must match. The weights are copied before step 0. A run that is resumed from a checkpoint does not
+    read the other run again, but a run without a checkpoint does.
+
+    run: folder of the other run.
+    step: step of the checkpoint (None: the newest).
     """
 
     run: str
@@ -197,7 +205,7 @@ class Graft(Settings):
 
 
 class Config(Settings):
-    """All settings of a run. recipe: the name of the recipe it started from."""
+    """All settings of a run. recipe: the name of the recipe whose settings the run started from."""
 
     recipe: str = ""
     method: SerializeAsAny[Annotated[MethodConfig, BeforeValidator(lambda value: parse_method(value))]]
@@ -245,7 +253,7 @@ def method_class(name: str) -> type[Method]:
 
 
 def task_class(name: str) -> type[Task[Any, Any]]:
-    """Return the task that the file `tasks/<name>.py` defines. Raises ConfigError if there is none."""
+    """Return the task that the file `tasks/<name>.py` defines. Raises ConfigError if there is no such task."""
     if name not in task_names():
         raise ConfigError(f"got task {name!r}; expected one of {', '.join(task_names())}")
     found = method_class(name)
@@ -261,7 +269,7 @@ def parse_method(value: Any) -> Any:
 
 
 def nearest_setting(wrong: str, keys: Iterable[str]) -> str:
-    """Return 'did you mean optim.base_lr?' for a wrong key of `--set`, or the list of all keys."""
+    """Return a hint for a wrong key of `--set`, such as 'did you mean optim.base_lr?', or the list of all keys."""
     return nearest(wrong, keys, COMMON_NAMES)
 
 
@@ -297,7 +305,10 @@ def override(config: Config, assignments: Iterable[str]) -> Config:
 
 
 def parse(assignments: Iterable[str]) -> dict[str, Any]:
-    """Return KEY=VALUE assignments as a dict, with None for cleared keys. The last assignment of a key counts."""
+    """Return KEY=VALUE assignments as a dict, with None for cleared keys.
+
+    If a key occurs twice, the last value counts.
+    """
     found: dict[str, Any] = {}
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
@@ -315,11 +326,13 @@ def _read(text: str) -> Any:
 
 
 def explain(error: ValidationError) -> str:
-    """Return a pydantic error as text, for each setting its name, its value and the expected value."""
+    """Return a pydantic error as text: the name, value and expected value of each invalid setting."""
     lines = []
     for item in error.errors():
         where = ".".join(str(part) for part in item["loc"] if not str(part).startswith("function-"))
         message = item["msg"].removeprefix("Value error, ")
-        whole = isinstance(item["input"], dict | BaseModel)  # settings that are incompatible; `message` names them
+        whole = isinstance(
+            item["input"], dict | BaseModel
+        )  # the error of a validator that compares several settings; `message` names them
         lines.append(f"{where}: {message}" if whole else f"{where}={item['input']!r} does not fit: {message}")
     return "; ".join(lines)

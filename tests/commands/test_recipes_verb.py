@@ -58,4 +58,4 @@ def test_recipes_are_listed_in_groups(unmask):
     assert names.index("mae_huge") < names.index("crossmae_nano") < names.index("finetune_few")
     *blocks, footnote = out.strip().split("\n\n")[1:]
     assert all(len(block.splitlines()) > 1 for block in blocks)  # a title and its recipes
-    assert footnote.startswith("* the image size follows your images")
+    assert footnote.startswith("* the image size is chosen from your images")

@@ -1,7 +1,7 @@
 """The command line. Every file of this folder except `NOT_VERBS` declares one verb.
 
-A verb's file is imported when the verb is called, and the modules that it needs when it runs, so that `--help` and
-`report` never load torch. Messages go to stderr; with --json, one JSON object goes to stdout. Exit codes: 0 done, 1
+The file of a verb is imported when the verb is called, and imports the modules that it needs when it runs, so `--help`
+and `report` never load torch. Messages go to stderr; with --json, one JSON object goes to stdout. Exit codes: 0 done, 1
 failed, 2 bad usage or input, 75 stopped on request and resumable, 130 interrupted.
 """
 
@@ -29,11 +29,11 @@ from unmask.system.output_sinks import install
 from unmask.system.shell_command import as_shell_command
 from unmask.system.stop_requests import INTERRUPTED, interrupts
 
-NOT_VERBS = ("command_line", "declare", "options", "trained_run")  # files of this folder that verbs share
+NOT_VERBS = ("command_line", "declare", "options", "trained_run")  # files of this folder that declare no verb
 
 
 class Verbs(Mapping[str, Any]):
-    """Mapping from verb names to click commands; a verb's file is imported when its command is looked up."""
+    """Mapping from verb names to click commands, which imports the file of a verb when its command is looked up."""
 
     def __init__(self) -> None:
         self._built: dict[str, Any] = {}
@@ -51,7 +51,7 @@ class Verbs(Mapping[str, Any]):
 
 
 def verb_files() -> dict[str, str]:
-    """Return {verb: file name without .py}. The file of `import` is `import_`, because Python reserves the word."""
+    """Return {verb: file name without .py}, for example {"import": "import_"}, because Python reserves `import`."""
     return _listing(tuple(__path__))
 
 
@@ -117,18 +117,19 @@ _first = True
 def main() -> None:
     """Run the program and exit. An error that the user can correct is printed in one line."""
     global _first
-    if not _first:  # not the first command of this process
+    if not _first:  # raised if this process has run a command before
         options.restart_clock()
     _first = False
     if "OMP_WAIT_POLICY" not in os.environ:
         # Torch's threads spin while they wait for one another. If other programs use the cores too, long spinning makes
-        # a step up to a hundred times slower. On a free machine, short spinning costs nothing (docs/LOG.md).
+        # a training step up to a hundred times slower. Without other programs, limiting the spinning costs nothing
+        # (docs/LOG.md).
         os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     held_here.clear()
     outputs = install() if sys.stdout in (sys.__stdout__, None) else None  # a test may capture stdout
     with interrupts(), as_shell_command(sys.argv[1:]):
         code = _run()
-    for name in ("SIGINT", "SIGTERM") if outputs else ():  # from here on, signals end the process
+    for name in ("SIGINT", "SIGTERM") if outputs else ():  # a signal that arrives now ends the process
         signal.signal(getattr(signal, name), signal.SIG_DFL)
     if outputs and (lost := outputs.finish()) is not None:
         if lost:
@@ -138,10 +139,10 @@ def main() -> None:
 
 
 def _run() -> int:
-    """Run the verb and return the exit code."""
+    """Run the verb of the command line and return the exit code."""
     try:
-        code = app(standalone_mode=False)  # the exit code of typer.Exit is returned, not raised
-    except (KeyboardInterrupt, typer.Abort):  # usually typer catches it and returns the code
+        code = app(standalone_mode=False)  # typer returns the exit code of typer.Exit
+    except (KeyboardInterrupt, typer.Abort):  # typer usually catches these and returns 130
         code = INTERRUPTED
     except Exception as error:
         return explain(error)
@@ -162,14 +163,14 @@ def explain(error: Exception) -> int:
     """Print an error and return the exit code. Unexpected errors are printed with a traceback."""
     if callable(getattr(error, "show", None)):
         return _explain_usage(error)
-    if isinstance(error, RunInUse):  # the run may be free later, so scripts should retry
+    if isinstance(error, RunInUse):  # 75, because scripts can retry when the other process has finished
         message, code = str(error), STOPPED
     elif isinstance(error, UserError | FileNotFoundError | PermissionError | IsADirectoryError | NotADirectoryError):
         message, code = str(error), USAGE
     elif isinstance(error, TrainingFailed):
         message, code = str(error), FAILED
     elif type(error).__name__ == "OutOfMemoryError":
-        message, code = f"{error}. Try --set train.micro_batch=N with a smaller N, or a smaller recipe", FAILED
+        message, code = f"{error}. Try --set train.micro_batch=N with a smaller N, or a smaller model", FAILED
     elif isinstance(error, OSError):
         message, code = f"{error.strerror or error} ({error.filename or 'no file named'})", FAILED
     else:
@@ -187,7 +188,7 @@ def _explain_usage(error: Any) -> int:
         error.message = escape_controls(message)
     hint = _renamed_option(error) or _hint_for_option(error)
     if hint and hasattr(error, "possibilities"):
-        error.possibilities = None  # the hint replaces the similar names that click suggests
+        error.possibilities = None  # show our hint instead of the similar names that click suggests
     error.show()
     if hint:
         print(escape_controls(hint), file=sys.stderr)
@@ -195,7 +196,7 @@ def _explain_usage(error: Any) -> int:
 
 
 def _renamed_option(error: Any) -> str:
-    """Return a hint with the new name of an option of an earlier version; "" for others."""
+    """Return a hint with the new name of a renamed option, or "" for other options."""
     option, context = getattr(error, "option_name", None), getattr(error, "ctx", None)
     if context is None or context.info_name not in verb_files():
         return ""
@@ -204,7 +205,7 @@ def _renamed_option(error: Any) -> str:
 
 
 def _hint_for_option(error: Exception) -> str:
-    """Return a hint for an option that is a setting, such as --lr or --batch-size: use --set. "" for others."""
+    """Return the hint to use --set for an option that is a setting, such as --lr, or "" for other options."""
     option, context = getattr(error, "option_name", None), getattr(error, "ctx", None)
     if not option or context is None or not any("--set" in parameter.opts for parameter in context.command.params):
         return ""

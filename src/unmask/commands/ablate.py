@@ -33,7 +33,7 @@ class AblateRequest(Request):
     out: Annotated[
         str | Path | None,
         Option(
-            "Folder of the table. An unfinished table in it is continued.",
+            "Folder to write the table to; an unfinished table in this folder is continued.",
             metavar="FOLDER",
             default="runs/DATA-table-TABLE",
         ),
@@ -43,10 +43,12 @@ class AblateRequest(Request):
     ] = None
     seeds: Annotated[int, Option("Train every cell with this many seeds.", metavar="N", at_least=1)] = 1
     shots: Annotated[
-        int | None, Option("Training labels per class for the probes.", metavar="N", at_least=1, default="5000 in all")
+        int | None,
+        Option("Number of training labels per class for the probes.", metavar="N", at_least=1, default="5000 in all"),
     ] = None
     tokenizer: Annotated[
-        str | Path | None, Option("Run of a dVAE, for the cells that need one.", metavar="RUN", default="train one")
+        str | Path | None,
+        Option("Run of a dVAE, for the cells whose method needs a tokenizer.", metavar="RUN", default="train one"),
     ] = None
     from_run: Annotated[
         str | Path | None, Option("Run that fig9 fine-tunes.", metavar="RUN", flag="--from", default="train one")
@@ -60,7 +62,7 @@ def _exit_code(summary: dict[str, Any]) -> int:
 
 @command(AblateRequest, panel=Panel.MEASURE, trains=True, exit_code=_exit_code)
 def ablate(request: AblateRequest, console: Console) -> dict[str, Any]:
-    """Return the contents of table.json; "state" is finished, stopped or failed."""
+    """Return the contents of table.json, in which "state" is finished, stopped or failed."""
     from unmask.comparison.run_table import ablate
     from unmask.comparison.table_plan import TableRequest
 

@@ -12,24 +12,24 @@ from unmask.shared_options import Exclude, Settings
 
 @dataclass(frozen=True)
 class CheckRequest(Request):
-    """Check images before training: counts, sizes, channels, broken files, and a recipe with a forecast of its time."""
+    """Check images before training, and forecast the training time."""
 
     data: SeveralData
     _: KW_ONLY
     exclude: Exclude = ()
     sample: Annotated[
-        int | None, Option("Check this many files, evenly spread.", metavar="N", default="all", at_least=1)
+        int | None, Option("Check only this many files, evenly spaced.", metavar="N", default="all", at_least=1)
     ] = None
     workers: Annotated[
         int | None,
-        Option("Number of worker processes.", metavar="N", at_least=0, default="by number of files"),
+        Option("Number of worker processes.", metavar="N", at_least=0, default="chosen by the number of files"),
     ] = None
     settings: Settings = ()
 
 
 @dataclass(frozen=True)
 class Checked:
-    """Summary of a check. code: exit code, 2 if these images cannot be used for training."""
+    """Summary of a check. code: exit code; 2 if these images cannot be used for training."""
 
     code: int
     summary: dict[str, Any]

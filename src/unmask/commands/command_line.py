@@ -60,7 +60,7 @@ def _or_none(kind: Any, default: Any) -> Any:
 
 
 def _given(verb: Command, values: dict[str, Any]) -> dict[str, Any]:
-    """Return the options that were given, converted. The others keep the default of their field."""
+    """Return {field: converted value} of the options that were given; the other fields keep their defaults."""
     given = {}
     for each in options_of(verb.request):
         value = values[each.name]

@@ -22,20 +22,23 @@ class CompareRequest(Request):
     runs: Annotated[Sequence[str | Path], Option("Two or more run folders.", metavar="RUN...")]
     _: KW_ONLY
     data: Annotated[
-        str | None, Option("Labelled images; runs without this probe are probed on them.", metavar="DATA")
+        str | None, Option("Labelled images, on which runs without a result of this probe are probed.", metavar="DATA")
     ] = None
     test: TestData = None
     kind: Annotated[str, Option("Kind of probe.", metavar="KIND", choices=kind_descriptions)] = "linear"
-    shots: Annotated[int | None, Option("Training labels per class.", metavar="N", at_least=1, default="all")] = None
+    shots: Annotated[
+        int | None, Option("Number of training labels per class.", metavar="N", at_least=1, default="all")
+    ] = None
     out: Annotated[
-        str | Path, Option("Page to write, FILE.html; FILE.json beside it has the same numbers.", metavar="FILE")
+        str | Path,
+        Option("Page to write, FILE.html (FILE.json with the same numbers is written beside it).", metavar="FILE"),
     ] = "comparison.html"
     device: Device = "auto"
 
 
 @command(CompareRequest, panel=Panel.MEASURE, to_json=lambda result: result.to_json(), trains=True)
 def compare(request: CompareRequest, console: Console) -> "Comparison":
-    """Return what the page shows and FILE.json contains."""
+    """Return the contents of FILE.json, which the page shows."""
     from unmask.comparison.compare_runs import ProbeWanted, compare
 
     wanted = ProbeWanted(

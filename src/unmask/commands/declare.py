@@ -1,4 +1,4 @@
-"""Declare a verb once, for the command line and for Python.
+"""Declare the options and the function of a verb once, for the command line and for Python.
 
 A verb is one file of this folder with a frozen dataclass, whose fields are the options, and one function:
 
@@ -13,12 +13,13 @@ A verb is one file of this folder with a frozen dataclass, whose fields are the 
     @command(ReportRequest, panel=Panel.MEASURE)
     def report(request: ReportRequest, console: Console) -> Path: ...
 
-This makes `report` a function `report(run, *, step=None, console=None)` that type checkers understand. The command
-`unmask report RUN --step N --json` is built from the same fields (`command_line.py`). Other modules are imported inside
-the function, so that `--help` does not load them.
+The decorator turns `report` into a function `report(run, *, step=None, console=None)` whose signature type checkers
+understand. `command_line.py` builds the command `unmask report RUN --step N --json` from the same fields. A verb's
+function imports other modules in its body, so that `--help` does not load them.
 """
 
-# No `from __future__ import annotations` here or in a verb's file: annotations are needed as objects, not as strings.
+# Do not use `from __future__ import annotations` here or in a verb's file: annotations are needed as objects, not as
+# strings.
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, dataclass, field
@@ -30,7 +31,7 @@ from unmask.console import Console
 from unmask.option import Options, options_of
 
 DONE, FAILED, USAGE, STOPPED = 0, 1, 2, 75
-"""Exit codes: done; failed; bad usage or input; stopped on request and resumable. Interrupted is 130."""
+"""Exit codes: 0 done, 1 failed, 2 bad usage or input, 75 stopped on request and resumable. Interrupted is 130."""
 
 
 class Panel(StrEnum):
@@ -47,7 +48,8 @@ class Panel(StrEnum):
 class Request(Options):
     """Base class of requests: the values of all options in one call of a verb.
 
-    console: prints messages and progress; None prints to stderr. It is only for Python, not a command-line option.
+    console: prints messages and progress, to stderr if it is None; a parameter of the Python function, not a
+    command-line option.
     """
 
     _: KW_ONLY

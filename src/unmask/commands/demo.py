@@ -17,10 +17,10 @@ from unmask.option import Option
 if TYPE_CHECKING:
     from unmask.results import ProbeResult
 
-SECONDS = 180.0  # of pre-training; with the probes and the report, the demo takes four minutes
+SECONDS = 180.0  # time for pre-training; with the probes and the report, the demo takes four minutes
 LABELLED, TEST = "shapes:4000", "shapes-test"
 ENOUGH_STEPS = (
-    3000  # fit into the time on two free cores; after a few hundred, features are hardly better than random ones
+    3000  # fit into SECONDS on two free cores; after a few hundred, features are hardly better than random ones
 )
 
 
@@ -28,7 +28,7 @@ ENOUGH_STEPS = (
 class DemoRequest(Request):
     """Pre-train on drawn shapes, probe the features and write a report, in about four minutes on two cores.
 
-    It needs no data and no network.
+    The demo needs no data and no network.
     """
 
     _: KW_ONLY
@@ -41,7 +41,10 @@ class DemoRequest(Request):
 
 @dataclass(frozen=True)
 class DemoResult:
-    """Result of the demo. report, picture: None if it was stopped. probes: by kind, empty if it was stopped."""
+    """Result of the demo.
+
+    Report, picture: paths, None if the demo was stopped. probes: {kind: result}, empty if it was stopped.
+    """
 
     run: str
     state: str
@@ -52,7 +55,7 @@ class DemoResult:
 
 
 def demo_json(result: DemoResult) -> dict[str, Any]:
-    """Return the JSON object of the demo."""
+    """Return the object that --json prints."""
     from unmask.results import to_json
 
     probes = {kind: to_json(probe) for kind, probe in result.probes.items()}
@@ -124,7 +127,7 @@ def warn_of_few_steps(out: Path, done: int, console: Console) -> None:
 
 
 def closing_lines(linear: "ProbeResult", report: Path, picture: Path | None) -> Iterator[str]:
-    """Yield the result, the path of the picture, and the next command."""
+    """Yield the messages at the end: the result, the path of the picture, and the next command."""
     from unmask.results import PRETRAINED, RANDOM_INIT, RAW_PIXELS
 
     rows = (linear.row(name) for name in (PRETRAINED, RANDOM_INIT, RAW_PIXELS))

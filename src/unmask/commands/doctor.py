@@ -20,14 +20,14 @@ class DoctorRequest(Request):
     exclude: Exclude = ()
     recipe: Annotated[str, Option("With DATA: recipe from `unmask recipes`, or auto.")] = "auto"
     tokenizer: Annotated[
-        str | Path | None, Option("With DATA: run of the dVAE that is used as tokenizer.", metavar="RUN")
+        str | Path | None, Option("With DATA: run of the dVAE to use as tokenizer.", metavar="RUN")
     ] = None
     settings: Settings = ()
 
 
 @dataclass(frozen=True)
 class Examined:
-    """Summary of the measurements. good: whether the self-test passed."""
+    """Result of `unmask doctor`. summary: the object that --json prints. good: whether the self-test passed."""
 
     good: bool
     summary: dict[str, Any]

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 class EmbedRequest(Request):
     """Write the features of every image to a table; no patches are hidden.
 
-    Its columns are name, label (of labelled images), cls (the class token) and mean (over the patch tokens).
+    The columns of the table are name, label (of labelled images), cls (the class token) and mean (the mean of the patch
+    tokens).
     """
 
     run: RunFolder

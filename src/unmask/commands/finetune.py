@@ -31,7 +31,7 @@ def tasks() -> dict[str, str]:
 
 
 def ids_from_text(text: str) -> tuple[int, ...]:
-    """Parse ids such as '0,255'. Raises UserError for other text."""
+    """Parse ids such as '0,255'. Raises UserError if the text is not a list of ids."""
     try:
         return tuple(int(value) for value in text.split(","))
     except ValueError:
@@ -57,7 +57,8 @@ class FinetuneRequest(Request):
         ),
     ] = None
     test_annotations: Annotated[
-        str | None, Option("The same for the test images.", metavar="PATH", default="beside the images")
+        str | None,
+        Option("Annotations of the test images, as for --annotations.", metavar="PATH", default="beside the images"),
     ] = None
     split: Annotated[
         str | None, Option("detect: use only the images listed in ImageSets/Main/NAME.txt.", metavar="NAME")
@@ -87,7 +88,10 @@ class FinetuneRequest(Request):
         ),
     ] = None
     recipe: Annotated[
-        str, Option("Recipe from `unmask recipes` (finetune_..., scratch_..., segment_... or detect_...), or auto.")
+        str,
+        Option(
+            "Fine-tuning recipe from `unmask recipes` (finetune_..., scratch_..., segment_... or detect_...), or auto."
+        ),
     ] = "auto"
     out: NewRun = None
     last_blocks: Annotated[
@@ -101,7 +105,12 @@ class FinetuneRequest(Request):
     from_scratch: Annotated[bool, Option("Start from random weights, as a baseline.")] = False
     shots: Annotated[
         int | None,
-        Option("Training labels (segment, detect: images) per class.", metavar="N", default="all", at_least=1),
+        Option(
+            "Number of training labels per class (segment, detect: number of training images).",
+            metavar="N",
+            default="all",
+            at_least=1,
+        ),
     ] = None
     budget: Budget = None
     steps_of: Annotated[
@@ -111,7 +120,7 @@ class FinetuneRequest(Request):
 
 
 def mask_options(request: FinetuneRequest) -> "MaskOptions | None":
-    """Return the options for reading segmentation masks; None if none was given."""
+    """Return the options for reading segmentation masks, or None if none was given."""
     if request.mask_values is None and request.class_names is None:
         return None
     from unmask.data.annotations.segmentation_masks import MaskOptions
@@ -122,7 +131,7 @@ def mask_options(request: FinetuneRequest) -> "MaskOptions | None":
 
 @command(FinetuneRequest, panel=Panel.TRAIN, trains=True, to_json=run_json, exit_code=run_exit_code)
 def finetune(request: FinetuneRequest, console: Console) -> "Run":
-    """Return the new run; `run.status()` says whether it finished or was stopped."""
+    """Return the new run, whose `run.status()` shows whether it finished or was stopped."""
     from unmask.finetuning.finetune_run import FinetuneOptions
     from unmask.finetuning.finetune_run import finetune as run_finetune
 

@@ -1,4 +1,4 @@
-"""`unmask ls`: list the runs below a folder, newest last. Does not load torch."""
+"""`unmask ls`: list the runs below a folder, newest last. This module does not load torch."""
 
 import time
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ from unmask.run import Run
 if TYPE_CHECKING:
     from unmask.run_summary import RunSummary
 
-DEEPEST = 4  # search depth, in levels of folders
+DEEPEST = 4  # how many levels of folders to search
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,10 @@ def ls(request: LsRequest, console: Console) -> "list[RunSummary]":
 
 
 def list_runs(folder: Path) -> "list[RunSummary]":
-    """Return summaries of the runs in `folder` and below, by time of change. Raises UserError for a missing folder."""
+    """Return summaries of the runs in `folder` and below, the most recently changed one last.
+
+    Raises UserError for a missing folder.
+    """
     from unmask.run_summary import summarise
 
     if not folder.is_dir():

@@ -16,7 +16,7 @@ class _Start:
 
 
 def restart_clock() -> None:
-    """Count time budgets from now on, for a second command in one process."""
+    """Let time budgets count from now on, for a second command in the same process."""
     _Start.seconds = time.monotonic()
 
 
@@ -40,7 +40,7 @@ SeveralData = Annotated[
     str | Path | Sequence[str | Path],
     Option(
         "Images: a folder, list file, glob, tar, zip or parquet file, a folder or glob of tar or parquet shards, or a "
-        "built-in set: shapes, digits. Several are read as one.",
+        "built-in set: shapes, digits. Several sources are combined into one data set.",
         metavar="DATA...",
         command_line=list[str],
     ),

@@ -17,7 +17,9 @@ class PaletteRequest(Request):
     data: Data
     _: KW_ONLY
     colours: Annotated[int, Option("Number of colours.", metavar="N")] = 512
-    size: Annotated[int, Option("Shrink images to this many pixels per side first.", metavar="PIXELS")] = 32
+    size: Annotated[
+        int, Option("Shrink images to this many pixels per side before choosing colours.", metavar="PIXELS")
+    ] = 32
     out: Annotated[
         str | Path,
         Option(
@@ -28,7 +30,7 @@ class PaletteRequest(Request):
 
 @command(PaletteRequest, panel=Panel.FILES)
 def palette(request: PaletteRequest, console: Console) -> dict[str, Any]:
-    """Return the contents of the file."""
+    """Return the contents of the palette file."""
     from unmask.engine.palette_file import make_palette
 
     return make_palette(

@@ -16,7 +16,7 @@ class PlanRequest(Request):
     recipe: Annotated[str, Option("Recipe from `unmask recipes`.", metavar="RECIPE")]
     _: KW_ONLY
     gpus: Annotated[
-        int | None, Option("Also print the number of images per GPU with this many GPUs.", metavar="N", at_least=1)
+        int | None, Option("Number of GPUs, to print the images per GPU as well.", metavar="N", at_least=1)
     ] = None
     settings: Settings = ()
 

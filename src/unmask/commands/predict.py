@@ -30,7 +30,7 @@ class PredictRequest(Request):
     ]
     min_score: Annotated[
         float,
-        Option("Drop boxes below this score, 0.05 to 1.", metavar="SCORE", at_least=0.05, at_most=1),
+        Option("Drop boxes with a score below this, 0.05 to 1.", metavar="SCORE", at_least=0.05, at_most=1),
     ] = 0.05
     step: Step = None
     device: Device = "auto"

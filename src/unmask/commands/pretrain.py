@@ -39,7 +39,7 @@ class PretrainRequest(Request):
     ] = None
     tokenizer: Annotated[
         str | Path | None,
-        Option("beit, and mae with target=tokens: run of the dVAE whose codes are predicted.", metavar="RUN"),
+        Option("beit, and mae with target=tokens: run of the dVAE whose codes the method predicts.", metavar="RUN"),
     ] = None
     palette: Annotated[
         str | Path | None,
@@ -54,7 +54,7 @@ class PretrainRequest(Request):
 
 @command(PretrainRequest, panel=Panel.TRAIN, trains=True, to_json=run_json, exit_code=run_exit_code)
 def pretrain(request: PretrainRequest, console: Console) -> "Run":
-    """Return the run; `run.status()` says whether it finished or was stopped."""
+    """Return the run, whose `run.status()` shows whether it finished or was stopped."""
     from unmask.engine.pretraining import PretrainOptions
     from unmask.engine.pretraining import pretrain as train
 

@@ -21,7 +21,7 @@ PAPER_LINEAR = "paper-linear"
 
 
 def kinds() -> dict[str, str]:
-    """Return the kinds of probe: the files of `evals/probes/`, and MAE's own protocol."""
+    """Return the names of the kinds of probe: the files of `evals/probes/`, and MAE's own protocol."""
     return {**kind_descriptions(), PAPER_LINEAR: "MAE's own protocol, LARS on augmented images"}
 
 
@@ -51,7 +51,7 @@ class ProbeRequest(Request):
     shots: Annotated[
         int | Sequence[int] | None,
         Option(
-            "Training labels per class; several numbers, such as 1,5,10, measure a label-budget curve.",
+            "Number of training labels per class; several numbers, such as 1,5,10, measure a label-budget curve.",
             metavar="N[,N...]",
             default="all",
             command_line=str,
@@ -60,7 +60,7 @@ class ProbeRequest(Request):
     ] = None
     label_draws: Annotated[
         int | None,
-        Option("Random draws of the labels for each point of a label-budget curve.", metavar="N", default="5"),
+        Option("Number of random choices of labels for each point of a label-budget curve.", metavar="N", default="5"),
     ] = None
     controls: Annotated[bool, Option("Also probe two baselines: raw pixels and the untrained encoder.")] = False
     against: Annotated[
@@ -88,7 +88,7 @@ class ProbeRequest(Request):
         str | None, Option("Type of the targets.", metavar="TYPE", default="inferred", choices=target_types)
     ] = None
     test_targets: Annotated[
-        str | Path | None, Option("Table of targets of the --test images.", metavar="FILE", default="the same table")
+        str | Path | None, Option("Table of targets for the --test images.", metavar="FILE", default="the same table")
     ] = None
     seed: Annotated[int, Option("Random seed for the held-out fifth and for the choice of labels.", metavar="N")] = 0
     step: Step = None
@@ -113,7 +113,9 @@ class ProbeRequest(Request):
     ] = None
     settings: Annotated[
         Sequence[str],
-        Option("paper-linear: change any setting of its training; repeatable.", metavar="KEY=VALUE", flag="--set"),
+        Option(
+            "paper-linear: change a setting of the training, KEY=VALUE; repeatable.", metavar="KEY=VALUE", flag="--set"
+        ),
     ] = ()
     device: Device = "auto"
 
@@ -167,7 +169,7 @@ def _frozen(request: ProbeRequest, console: Console) -> "ProbeResult | CurveResu
 
 
 def _paper_linear(request: ProbeRequest, console: Console) -> "ProbeResult":
-    """Train MAE's linear probe. Raises UserError for an option that has no effect on it."""
+    """Train MAE's linear probe. Raises UserError for options that have no effect on this probe."""
     from unmask.finetuning.paper_linear_probe import paper_linear
 
     for each in options_of(ProbeRequest):

@@ -17,7 +17,7 @@ class PruneRequest(Request):
     run: RunFolder
     _: KW_ONLY
     keep_checkpoints: Annotated[int, Option("Number of newest checkpoints to keep.", metavar="N", at_least=1)] = 1
-    dry_run: Annotated[bool, Option("Only list the folders that would be deleted.")] = False
+    dry_run: Annotated[bool, Option("Only list the folders that would be deleted, and delete nothing.")] = False
 
 
 @command(PruneRequest, panel=Panel.FILES)

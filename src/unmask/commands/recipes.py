@@ -1,4 +1,4 @@
-"""`unmask recipes`: list the recipes, or all settings of one."""
+"""`unmask recipes`: list the recipes, or all settings of one recipe."""
 
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -14,7 +14,7 @@ FOLLOWS = "*"
 class RecipesRequest(Request):
     """List the recipes, or all settings of one."""
 
-    name: Annotated[str | None, Option("Recipe whose settings to show.", metavar="NAME")] = None
+    name: Annotated[str | None, Option("Show all settings of this recipe.", metavar="NAME")] = None
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Listed:
 
 @command(RecipesRequest, panel=Panel.START, to_json=lambda listed: listed.data, text=lambda listed: listed.text)
 def recipes(request: RecipesRequest, console: Console) -> Listed:
-    """Return the recipes with their first lines, or the settings of one."""
+    """Return the recipes with their descriptions, or all settings of one recipe."""
     return _all() if request.name is None else _one(request.name)
 
 
@@ -37,7 +37,7 @@ def _one(name: str) -> Listed:
 
     text = describe(name)
     if follows_images(name):
-        text += "\n\ndata.size and the patch follow your images, unless one of the two is set."
+        text += "\n\ndata.size and the patch are chosen from your images, unless one of the two is set."
     return Listed(text, find(name).model_dump(mode="json"))
 
 
@@ -48,8 +48,8 @@ def _all() -> Listed:
     found = all_recipes()
     width = max(map(len, found))
     lines = [
-        f"{'auto':{width}} {FOLLOWS} Chooses {', '.join(AUTO[:-1])} or {AUTO[-1]} by number and size of the images and "
-        "by device, and reports why."
+        f"{'auto':{width}} {FOLLOWS} Chooses {', '.join(AUTO[:-1])} or {AUTO[-1]} by the number and size of the images "
+        "and by device, and prints the reasons."
     ]
     for title, group in grouped().items():
         lines += ["", title]
@@ -57,7 +57,7 @@ def _all() -> Listed:
             lines.append(f"{name:{width}} {FOLLOWS if follows_images(name) else ' '} {first_line(found[name])}")
     lines += [
         "",
-        f"{FOLLOWS} the image size follows your images, unless data.size or the patch is set; other recipes have a "
-        "fixed size.",
+        f"{FOLLOWS} the image size is chosen from your images, unless data.size or the patch is set; other recipes "
+        "have a fixed size.",
     ]
     return Listed("\n".join(lines), {name: first_line(function) for name, function in found.items()})

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ReconstructRequest(Request):
-    """Draw images and their reconstructions by a run: original, masked, predicted, and both combined."""
+    """Draw images beside a run's reconstructions: original, masked, predicted, and original with predicted patches."""
 
     run: RunFolder
     images: Images
@@ -29,7 +29,7 @@ class ReconstructRequest(Request):
 
 @command(ReconstructRequest, panel=Panel.MEASURE, to_json=lambda result: result.to_json())
 def reconstruct(request: ReconstructRequest, console: Console) -> "ReconstructResult":
-    """Return the path of the picture, the loss, and the losses of baselines that need no training."""
+    """Return the path of the picture, the loss of the run, and the losses of baselines that need no training."""
     from unmask.evals.reconstruct_images import reconstruct_images
 
     return reconstruct_images(

@@ -24,7 +24,9 @@ class ResumeRequest(Request):
     allow_dataset_change: Annotated[bool, Option("Continue even if the image files have changed.")] = False
     data: Annotated[
         str | Path | Sequence[str | Path],
-        Option("New location of the images, if they have moved; repeatable.", metavar="DATA", command_line=list[str]),
+        Option(
+            "New location of the images, if the images have moved; repeatable.", metavar="DATA", command_line=list[str]
+        ),
     ] = ()
     test: Annotated[str | None, Option("Fine-tuned runs: new location of the test images.", metavar="DATA")] = None
     annotations: Annotated[str | None, Option("Fine-tuned runs: new location of the annotations.", metavar="PATH")] = (
@@ -37,7 +39,7 @@ class ResumeRequest(Request):
 
 @command(ResumeRequest, panel=Panel.TRAIN, trains=True, to_json=run_json, exit_code=run_exit_code)
 def resume(request: ResumeRequest, console: Console) -> "Run":
-    """Return the run; `run.status()` says whether it finished or was stopped."""
+    """Return the run, whose `run.status()` shows whether it finished or was stopped."""
     from unmask.config import task_names
     from unmask.engine import changed_data, continue_run
     from unmask.engine.load import read_config

@@ -17,7 +17,7 @@ def conclude(run: "Run", console: Console) -> "Run":
 
     try:
         console.print(f"report: {write_report(run.path, log=console.warn)}")
-    except (OSError, UserError) as error:  # a failed report must not make the training look failed
+    except (OSError, UserError) as error:  # the training has succeeded even if its report cannot be written
         console.warn(f"no report was written: {error}; fix that, then: unmask report {run.path}")
     status = run.status()
     if status.state == "stopped":
@@ -26,7 +26,7 @@ def conclude(run: "Run", console: Console) -> "Run":
 
 
 def is_unfinished(run: "Run") -> bool:
-    """Whether `unmask resume` has work to do: steps to train, or the test of a fine-tuned run."""
+    """Return whether `unmask resume` has work to do: steps to train, or the test of a fine-tuned run."""
     if not (run.path / "plan.json").exists():
         return False
     if not run.finished:
