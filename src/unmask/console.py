@@ -22,8 +22,8 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from unmask.system.output_sinks import Words
 
 PLAIN_INTERVAL = 30.0
-# C0 and C1 controls except tab and line feed, line separators, and Unicode's bidirectional controls. In a file name or
-# a label they would move the cursor, recolour the screen or hide part of the line.
+# Matches C0 and C1 controls except tab and line feed, line separators, and Unicode's bidirectional controls. In a file
+# name or a label they would move the cursor, recolour the screen or hide part of the line.
 CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
 
@@ -82,7 +82,7 @@ class Console:
 
     @contextmanager
     def progress(self, title: str, total: int, start: int = 0) -> Iterator[Bar]:
-        """Context manager that shows a `Bar` of `total` steps, `start` of them done; `bar.update` moves it."""
+        """Context manager that shows a `Bar` of `total` steps, `start` of which are done. `bar.update` moves it."""
         if not self.quiet and (show := in_notebook()) is not None:
             bar = Bar(self, title, total, start)
             bar.show = lambda step, text: show(f"{title} {step}/{total}  {text}")
@@ -132,7 +132,7 @@ class Console:
 
 
 def in_notebook() -> Callable[[str], None] | None:
-    """Return a function that shows a line in a Jupyter notebook in place of the last one, or None outside notebooks."""
+    """Return a function that replaces the shown line in a Jupyter notebook, or None outside notebooks."""
     if (ipython := sys.modules.get("IPython")) is None or not hasattr(ipython.get_ipython(), "kernel"):
         return None
     handle = ipython.display.display({"text/plain": ""}, raw=True, display_id=True)
@@ -140,10 +140,10 @@ def in_notebook() -> Callable[[str], None] | None:
 
 
 class Bar:
-    """Progress of one task, with the time left at its mean speed so far.
+    """Progress of one task, with an estimate of the time left from the mean speed so far.
 
-    rich's TimeRemainingColumn is not used, because plain lines and notebooks show the time left too, and because it
-    uses the last 30 seconds of updates only, so it shows nothing for longer steps.
+    rich's TimeRemainingColumn is not used, because plain lines and notebooks need the time left too, and because it
+    only uses the last 30 seconds of updates, so it shows nothing if a step takes longer.
     """
 
     def __init__(self, console: Console, title: str, total: int, start: int) -> None:
@@ -152,11 +152,11 @@ class Bar:
         self.begin(start)
 
     def begin(self, step: int) -> None:
-        """Measure the speed from now on, with `step` steps done."""
+        """Start measuring the speed now, when `step` steps are done."""
         self.start, self.began = step, time.monotonic()
 
     def update(self, step: int, text: str = "") -> None:
-        """Show that `step` steps are done, with `text` beside the bar."""
+        """Update the bar: `step` steps are done, and `text` is shown beside it."""
         self.show(step, "  ".join(part for part in (text, self.left(step)) if part))
 
     def left(self, step: int) -> str:

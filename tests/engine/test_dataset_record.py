@@ -179,7 +179,7 @@ def test_run_with_moved_data_resumes_exactly(stopped, tmp_path):
     (entry,) = stopped.read("provenance.json")["data_changes"]
     assert (entry["what"], entry["step"]) == ("moved", 2)
     assert entry["places"]["source"] == [str(tmp_path / "data"), str(tmp_path / "moved" / "photos")]
-    with pytest.raises(ConfigError, match="got --test, but this run has none"):
+    with pytest.raises(ConfigError, match="got --test, but this run has no such data"):
         DataLocations(test="x").applied(read_config(stopped))
 
 

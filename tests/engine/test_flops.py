@@ -163,7 +163,7 @@ def test_printed_costs(capsys):
         "61.08 + 5.25 to 14.92 + 5.25 GMACs",
         "8.6% of",
         "on 64 GPUs 64 images",
-        "the published code takes",
+        "training with the published code takes",
     ):
         assert text in said
     print_costs(recipe_costs("simmim_nano"), Console())

@@ -27,8 +27,8 @@ from unmask.engine.training_data import TrainingRequest, prepare_images, reject_
 from unmask.engine.training_plan import Plan
 
 LOOKED_AT = 128  # Number of files to scan before choosing the recipe.
-TIMED = 256  # Number of images to time; fewer if they are slow.
-PATIENCE = 4.0  # Seconds for each measurement.
+TIMED = 256  # Maximum number of images to time.
+PATIENCE = 4.0  # Maximum seconds of each measurement.
 MARGIN = 1.2  # Loading should be faster than the step by this factor, so that short delays do not stall training.
 STORAGE, DECODING, TRANSFORM, STEP = "storage", "decoding", "transform", "step"
 
@@ -44,7 +44,7 @@ class Pace:
     time of the optimiser step. workers: planned number of loader workers. cores: number of cores of this machine.
     cached: whether images are read and decoded only once, before training. loaded: measured samples per second from the
     planned workers, or from the main process with 0 workers. repeats: number of samples per decoded image. bytes: mean
-    file size. large: whether packing would shrink the images. jitter: whether crops have colour jitter.
+    file size in bytes. large: whether packing would shrink the images. jitter: whether crops have colour jitter.
     """
 
     read: float
@@ -73,7 +73,7 @@ class Pace:
 
     @property
     def limit(self) -> str:
-        """STEP, or the slowest part of loading if loading cannot keep up with the step."""
+        """The slowest part of loading if loading cannot keep up with the step, else STEP."""
         if 1 / self.loaded <= self.step:
             return STEP
         costs = {TRANSFORM: self.transform} if self.cached else self.costs
@@ -89,7 +89,7 @@ class Pace:
         return max(1, math.ceil(MARGIN * self.load / self.step))
 
     def advice(self, data: str) -> list[str]:
-        """Return suggestions, the simplest first, or [] if training hardly waits for images."""
+        """Return suggestions to speed up loading, the simplest first, or [] if training hardly waits for images."""
         if self.wait <= 0.05:
             return []
         found = []
@@ -97,7 +97,7 @@ class Pace:
             found.append(f"--set data.workers={self.enough_workers}")
         if self.limit == STORAGE:
             found.append(
-                "copy the images to a local disk, or pack them into one file that is read in order: "
+                "copy the images to a local disk, or pack them into one file that can be read sequentially: "
                 f"unmask pack {data} packed.tar"
             )
         elif self.large:
@@ -125,7 +125,10 @@ def find_bottleneck(
     settings: Iterable[str] = (),
     tokenizer: str | Path | None = None,
 ) -> dict[str, Any]:
-    """Print and return what limits training on these images. Raises UserError if they cannot be used."""
+    """Measure what limits the speed of training on these images; print and return the result.
+
+    Raises UserError if the images cannot be used.
+    """
     settings = settings_with_options(None, recipe, list(settings), tokenizer=tokenizer, palette=None, masks=None)
     draft = draft_config(None, recipe, settings, None)
     reject_supervised(draft, None)
@@ -160,7 +163,10 @@ def find_bottleneck(
 
 
 def measure(images: ImageReader, plan: Plan, unread: np.ndarray, config: Config) -> Pace:
-    """Measure all times. unread: rows that this command has not read yet, because others may be in the page cache."""
+    """Measure all times.
+
+    unread: rows of files that this command has not read yet, because files that it has read may be in the page cache.
+    """
     rows = unread if len(unread) >= min(TIMED, len(images.rows)) // 2 else images.rows
     timed = TimedImages(**{**vars(images), "rows": rows, "kept": {}})
     whole, samples = _loading(timed)
@@ -192,7 +198,7 @@ def measure(images: ImageReader, plan: Plan, unread: np.ndarray, config: Config)
 
 @dataclass
 class TimedImages(ImageReader):
-    """An `ImageReader` that measures reading and decoding: seconds of each, number of files and of bytes."""
+    """An `ImageReader` that counts files and bytes, and the seconds of reading and of decoding."""
 
     reading: float = 0.0
     decoding: float = 0.0
@@ -214,7 +220,7 @@ class TimedImages(ImageReader):
 
 
 def _loading(images: ImageReader) -> tuple[float, int]:
-    """Return the seconds and the number of samples loaded, for at most `PATIENCE` seconds."""
+    """Load samples for at most `PATIENCE` seconds; return (seconds, number of samples)."""
     order, count = Order(images.rows, images.seed, images.repeats), 16 * images.repeats
     images[order.take(0, images.repeats)]  # warm-up, because the first image also loads libraries
     if isinstance(images, TimedImages):
@@ -226,7 +232,7 @@ def _loading(images: ImageReader) -> tuple[float, int]:
 
 
 def delivered(images: ImageReader, plan: Plan) -> float:
-    """Return the images per second of the loader with the planned workers, without their start-up time."""
+    """Return the images per second of the loader with the planned workers, without the start-up time of the workers."""
     micro = images.repeats * max(1, min(plan.micro_batch, 64) // images.repeats)
     batches = training_batches(images, start=0, batch=micro, batches=100_000, workers=plan.workers)
     try:

@@ -20,7 +20,7 @@ from unmask.run import Run
 
 @dataclass(frozen=True)
 class DataLocations:
-    """New locations of the data of a run; None or () for data that have not moved."""
+    """New locations of the data of a run, with None or () for data that have not moved."""
 
     data: tuple[str, ...] = ()
     test: str | None = None
@@ -28,13 +28,13 @@ class DataLocations:
     test_annotations: str | None = None
 
     def applied(self, config: Config) -> Config:
-        """Return the configuration with these locations, as absolute paths.
+        """Return the configuration with these locations as absolute paths.
 
-        Raises ConfigError for a location that would be ignored.
+        Raises ConfigError for a location of data that the run does not have.
         """
         for name in ("test", "annotations", "test_annotations"):
             if getattr(self, name) is not None and getattr(config.data, name) is None:
-                raise ConfigError(f"got --{name.replace('_', '-')}, but this run has none; leave it out")
+                raise ConfigError(f"got --{name.replace('_', '-')}, but this run has no such data; leave it out")
         others = {name: getattr(self, name) for name in ("test", "annotations", "test_annotations")}
         changes: dict[str, Any] = {
             name: os.path.abspath(place) if os.path.exists(place) else place
@@ -59,7 +59,7 @@ def record_move(run: Run, before: Config, config: Config, console: Console) -> N
 
 
 def recording_move(supervise: Supervise, before: Config, console: Console) -> Supervise:
-    """Return `supervise`, extended to record the new locations after all data have been found there."""
+    """Return a function that calls `supervise` and, if it finds all data at the new locations, records them."""
 
     def both(run: Run, config: Config, plan: Plan, source: Source) -> Supervision:
         made = supervise(run, config, plan, source)
@@ -96,7 +96,8 @@ def accept_unverified(plan: Plan, source: Source, run: Run, found: Difference) -
 def plan_for_changed_data(source: Source, plan: Plan, run: Run, found: Difference) -> Plan:
     """Record a changed data set in the run and return the plan for it. Raises DataError.
 
-    Images that were unreadable or held out stay excluded, by name, because rows may have moved.
+    Images that were unreadable or held out stay excluded. They are identified by name, because row numbers may have
+    changed.
     """
     if read_config(run).method.name in task_names():
         raise DataError(
@@ -110,7 +111,7 @@ def plan_for_changed_data(source: Source, plan: Plan, run: Run, found: Differenc
             f"this run recorded all {len(source)} files of {source.name} as unreadable; restore the images, or start a "
             "new run"
         )
-    known = source.fingerprint() == plan.fingerprint  # the rows in the plan are still valid
+    known = source.fingerprint() == plan.fingerprint  # then the row numbers in the plan are still valid
     held_out = plan.held_out if known else dataset_record.rows_now(run, plan.held_out, source)
     excluded = tuple(sorted({*bad, *held_out}))
     if len(excluded) == len(source):

@@ -42,10 +42,11 @@ def check_data(
 ) -> tuple[int, dict[str, Any]]:
     """Scan images, forecast their training and print both; return (exit code, summary).
 
-    All files are read, even those in the scan cache. A later `unmask pretrain` then need not read them again.
+    All files are read, even those in the scan cache. A later `unmask pretrain` finds them in the cache and need not
+    read them again.
 
-    sample: number of files to read (None: all). workers: number of processes that read files; 0 or None: chosen by the
-    scan, as in `unmask pretrain`. settings: KEY=VALUE assignments, as for `unmask pretrain`.
+    sample: number of files to read (None: all). workers: number of processes that read files (0 or None: chosen by the
+    number of files, as in `unmask pretrain`). settings: KEY=VALUE assignments, as for `unmask pretrain`.
     """
     draft = draft_config(None, "auto", list(settings), None)
     source = apply_reading(open_source(data, exclude), draft.data.reading)
@@ -96,13 +97,14 @@ def check_data(
     most = DataConfig().max_bad_fraction
     if found.bad_fraction > most:
         console.warn(
-            f"{found.bad_fraction:.1%} of the files cannot be read; at more than {most:.0%} `unmask pretrain` stops"
+            f"{found.bad_fraction:.1%} of the files cannot be read; `unmask pretrain` stops if more than {most:.0%} "
+            "are unreadable"
         )
         return 2, summary
     options = [text for each in exclude for text in ("--exclude", each)]
     options += [text for each in settings for text in ("--set", each)]
     named = [data] if isinstance(data, str) else list(data)
-    console.print(f"train on them with: {shlex.join(['unmask', 'pretrain', *named, *options])}")
+    console.print(f"train on these images with: {shlex.join(['unmask', 'pretrain', *named, *options])}")
     return 0, summary
 
 
@@ -138,7 +140,7 @@ def print_scan(found: Scan, source: Source, console: Console) -> None:
 
 
 def labels_line(source: Source) -> str:
-    """Return the classes of a source in words, or why it has none."""
+    """Return the classes of a source in words, or why the source has no classes."""
     if source.classes:
         return f"{len(source.classes)} classes ({listed(source.classes)})"
     if source.unlabelled:
@@ -157,7 +159,7 @@ def print_table(rows: list[dict[str, Any]], console: Console) -> None:
 
 
 def forecast(source: Source, found: Scan, console: Console, settings: list[str], device: str) -> dict[str, Any]:
-    """Make the plan that `unmask pretrain --recipe auto` would make, time a few steps, and return the forecast."""
+    """Make the plan of `unmask pretrain --recipe auto`, time a few steps, and return a forecast of the training."""
     config, reasons, proposals = choose_config(
         source, found, recipe="auto", settings=settings, device=device, budget=None
     )

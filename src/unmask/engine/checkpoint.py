@@ -1,17 +1,18 @@
-"""Read and write checkpoints. After a crash at any moment an intact one remains, and damaged ones are never used.
+"""Read and write checkpoints. After a crash at any moment an intact checkpoint remains, and damaged checkpoints are
+never used.
 
     checkpoints/.tmp-00001234-<id>/    written here, never read
     checkpoints/step-00001234/         created by renaming that folder
         model.safetensors  optim.safetensors  state.json  MANIFEST.json
     checkpoints/step-00001234.old/     exists briefly while the same step is written again
-    checkpoints/LATEST                 name of the newest one, for people; never read
+    checkpoints/LATEST name of the newest checkpoint, for users; never read
     checkpoints/fixed-<digest>.safetensors   tensors that never change after step 0, stored once for all steps
 
 Order of writing: the files, each flushed to disk; MANIFEST.json with their sizes and SHA-256; rename; flush the folder;
-LATEST; prune. The digests are needed because neither torch, nor safetensors, nor the file system detects a flipped bit.
-state.json and MANIFEST.json contain the id of the run and the digests of its config.json and plan.json, so that the
-checkpoint of another run is rejected even if its shapes match.
-Only safetensors files are loaded. A pickle in their place is rejected and never opened.
+LATEST; prune. The SHA-256 digests are needed because neither torch, nor safetensors, nor the file system detects a
+flipped bit. state.json and MANIFEST.json contain the id of the run and the digests of its config.json and plan.json, so
+that the checkpoint of another run is rejected even if its shapes match. Only safetensors files are loaded. A pickle in
+their place is rejected and never opened.
 """
 
 from __future__ import annotations
@@ -52,24 +53,24 @@ STEP_FOLDER = re.compile(r"step-(\d{8,})$")
 
 
 class CheckpointError(UserError):
-    """There is no usable checkpoint, or it does not fit the method."""
+    """Raised if there is no usable checkpoint, or if a checkpoint does not fit the method."""
 
 
 class CheckpointRefused(CheckpointError):
-    """The checkpoint was not written, because weights are not finite."""
+    """Raised if a checkpoint is not written because weights are not finite."""
 
 
 class CheckpointFull(CheckpointError):
-    """The checkpoint could not be written; the older ones are unchanged."""
+    """Raised if a checkpoint cannot be written; the older checkpoints are unchanged."""
 
 
 class Damaged(CheckpointError):
-    """A checkpoint does not match its manifest, or belongs to another run."""
+    """Raised if a checkpoint does not match its manifest, or belongs to another run."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A verified checkpoint, on the CPU."""
+    """A checkpoint whose digests have been verified, with its tensors on the CPU."""
 
     step: int
     path: Path
@@ -87,11 +88,7 @@ def save(
     *,
     keep: int = 2,
 ) -> Path:
-    """Write checkpoint `step`, remove all but the newest `keep` (at least 2) intact ones, and return its folder.
-
-    Raises CheckpointRefused for weights that are not finite, CheckpointFull if it cannot be written, and RunGone; older
-    checkpoints are then left unchanged.
-    """
+    """Write checkpoint `step`, remove all but the newest `keep` (at least 2) intact checkpoints, and return its folder."""
     assert keep >= 2, "keep at least two, because the newest may be damaged"
     if poisoned := [name for name, value in model.items() if value.is_floating_point() and not value.isfinite().all()]:
         raise CheckpointRefused(
@@ -117,7 +114,7 @@ def save(
             manifest[name] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
         _write(partial / MANIFEST, json.dumps({"step": step, "run": whose, "fixed": fixed, "files": manifest}).encode())
         sync_folder(partial)
-        if final.exists():  # the same step is saved again after a rollback; `_clear_leftovers` handles crashes
+        if final.exists():  # a rollback saves the same step again; `_clear_leftovers` handles crashes
             os.rename(final, final.with_name(final.name + REPLACED))
         os.rename(partial, final)
         sync_folder(run.checkpoints)
@@ -151,7 +148,10 @@ def _write(path: Path, content: bytes) -> None:
 
 
 def _clear_leftovers(run: Run) -> None:
-    """Remove or restore files of an interrupted save. The caller holds the run's lock, so no other process writes."""
+    """Remove or restore files of an interrupted save.
+
+    The caller must hold the run's lock, so that no other process writes.
+    """
     for leftover in run.checkpoints.glob(".tmp-*"):
         shutil.rmtree(leftover, ignore_errors=True)
     for leftover in run.checkpoints.glob(f".{LATEST}.*.partial"):
@@ -216,7 +216,7 @@ def verify(path: Path) -> dict[str, bytes]:
 
 
 def require_own(run: Run, path: Path, contents: Mapping[str, bytes]) -> None:
-    """Raise Damaged for a checkpoint of another run, or one with settings that this run never had.
+    """Raise Damaged for a checkpoint of another run, or a checkpoint with settings that this run never had.
 
     Raises CheckpointError if the file of tensors that never change is missing.
     """
@@ -261,9 +261,9 @@ def _read(run: Run, path: Path) -> Checkpoint:
 
 
 def load_latest(run: Run, *, log: Callable[[str], object] = print) -> Checkpoint | None:
-    """Return the newest intact checkpoint, or None if none was ever written.
+    """Return the newest intact checkpoint, or None if no checkpoint was ever written.
 
-    Damaged ones are renamed to step-N.corrupt and reported. Raises CheckpointError if all are damaged.
+    Damaged checkpoints are renamed to step-N.corrupt and reported. Raises CheckpointError if all are damaged.
     """
     _clear_leftovers(run)
     candidates = steps_on_disk(run)
@@ -308,9 +308,10 @@ def _to_stderr(text: str) -> None:
 def load_model(
     run: Run, step: int | None = None, *, log: Callable[[str], object] = _to_stderr
 ) -> tuple[int, dict[str, Tensor]]:
-    """Return (step, weights) of the newest intact checkpoint, or of `step`. Renames nothing. Raises CheckpointError.
+    """Return (step, weights) of the newest intact checkpoint, or of the checkpoint of `step`. Renames nothing. Raises
+    CheckpointError.
 
-    If newer ones are damaged, a message is logged.
+    If newer checkpoints are damaged, a message is logged.
     """
     candidates = steps_on_disk(run)
     if step is not None:
@@ -352,7 +353,10 @@ def save_fixed(run: Run, tensors: Mapping[str, Tensor]) -> None:
 
 
 def load_fixed(checkpoints: Path) -> dict[str, Tensor]:
-    """Return the tensors that `save_fixed` stored, or {} without any. Raises CheckpointError if they are damaged."""
+    """Return the tensors that `save_fixed` stored, or {} if it stored none.
+
+    Raises CheckpointError if their files are damaged.
+    """
     for file in checkpoints.glob(FIXED):
         try:
             content = file.read_bytes()

@@ -1,4 +1,7 @@
-"""Compile the transformer blocks of a method with torch.compile. Results are the same, and methods need no changes."""
+"""Compile the transformer blocks of a method with torch.compile.
+
+The results are the same as without compilation, and methods need no changes.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,10 @@ def compile_blocks(method: nn.Module, backend: str = "inductor") -> int:
 
 
 def why_not_compiled(device: str) -> str | None:
-    """Return None if torch.compile works, else the reason in one line. Tries it, which takes a second or more."""
+    """Return None if torch.compile works, else the reason in one line.
+
+    The function compiles a small function to find out, which takes a second or more.
+    """
     try:
         torch.compile(torch.sin, dynamic=False)(torch.ones(8, device=device))
     except Exception as error:  # the type depends on the cause: a missing compiler or header, an unsupported version
@@ -39,6 +45,6 @@ def why_not_compiled(device: str) -> str | None:
 
 def uncompiled() -> AbstractContextManager[object]:
     """Context manager that runs compiled blocks eagerly, to avoid recompiling for one-off batch sizes."""
-    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and importing it would take a second
+    if "torch._dynamo" not in sys.modules:  # then nothing is compiled, and importing torch._dynamo would take a second
         return nullcontext()
     return torch.compiler.set_stance("force_eager")

@@ -12,7 +12,10 @@ from unmask.errors import listed
 
 
 def require_fit(method: nn.Module, weights: Mapping[str, Tensor], what: str) -> None:
-    """Raise CheckpointError unless `weights` are exactly the tensors of `method`. what: their name for the message."""
+    """Raise CheckpointError unless `weights` are exactly the tensors of `method`.
+
+    what: name of the weights in the message.
+    """
     wanted = method.state_dict()
     missing, extra = sorted(wanted.keys() - weights.keys()), sorted(weights.keys() - wanted.keys())
     if missing and not extra and not any(name.startswith("encoder.") for name in missing):
@@ -34,9 +37,10 @@ def require_fit(method: nn.Module, weights: Mapping[str, Tensor], what: str) -> 
 
 
 def graft(module: nn.Module, entries: Sequence[tuple[str, str, Mapping[str, Tensor]]]) -> None:
-    """Copy weights into `module`: for each (source prefix, target prefix, state dict), all tensors under the source.
+    """Copy all tensors under a prefix of a state dict to a prefix of `module`, for each (source prefix, target prefix,
+    state dict).
 
-    Raises CheckpointError with all missing, unexpected and mis-shaped tensors, before anything is copied.
+    Raises CheckpointError that lists all missing, unexpected and mis-shaped tensors, before anything is copied.
     """
     own = dict(module.state_dict())
     planned: dict[str, Tensor] = {}

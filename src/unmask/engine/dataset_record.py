@@ -1,9 +1,9 @@
-"""Check that a run's images, masks and test images have not changed since it began, and record it if they have.
+"""Check that a run's images, masks and test images have not changed since the run began, and record changes.
 
 A run keeps a record of each data set that it reads (`data/identity.py`): RUN/data.arrays for its training images, and
-for a supervised run also masks.arrays, test.arrays and test-masks.arrays. Runs of earlier versions have no record; for
-them the names and sizes in the plan are compared, and a record is then written. A record that was lost or damaged later
-counts as a difference, because replaced files of the same size could not be detected.
+for a supervised run also masks.arrays, test.arrays and test-masks.arrays. Runs of earlier versions have no record. For
+them, the names and sizes in the plan are compared, and a record is written afterwards. If the record was lost or
+damaged later, this counts as a difference, because replaced files of the same size could not be detected without it.
 """
 
 from __future__ import annotations
@@ -43,16 +43,16 @@ def write_record(run: Run, source: Source, role: str = DATA) -> None:
 
 
 def used_rows(plan: Plan, count: int) -> np.ndarray:
-    """Return the rows that a run uses for training or evaluation. Other files may change."""
+    """Return the rows that a run uses for training or evaluation; only these files must not change."""
     return np.setdiff1d(np.arange(count), np.setdiff1d(plan.excluded, [*plan.test_rows, *plan.held_out])).astype(
         np.int64
     )
 
 
 def rows_now(run: Run, rows: Sequence[int], source: Source) -> tuple[int, ...]:
-    """Return the current rows, sorted, of the images that had these rows when the data set was recorded.
+    """Return the current row numbers, sorted, of the images that were in these rows when the data set was recorded.
 
-    Missing images are left out. () if the run has no record, like runs of earlier versions.
+    The result leaves out missing images, and is () if the run has no record, like runs of earlier versions.
     """
     record = identity.read_record(file_of(run, DATA))
     if record is None or not rows:
@@ -64,7 +64,7 @@ def rows_now(run: Run, rows: Sequence[int], source: Source) -> tuple[int, ...]:
 def compare(run: Run, plan: Plan, source: Source, console: Console) -> Difference:
     """Return how the training images differ from those at the start of the run; set `source.digests`.
 
-    Only files with a different modification time are read. If their content is the same, the new times are recorded.
+    Only files with a different modification time are read. If their content is unchanged, the new times are recorded.
     """
     record = identity.read_record(file_of(run, DATA))
     if record is None:
@@ -86,7 +86,7 @@ def compare(run: Run, plan: Plan, source: Source, console: Console) -> Differenc
 
 
 def require_same(run: Run, source: Source, role: str, console: Console) -> Difference:
-    """Like `compare` for all files of masks or test images. On the first call they are recorded."""
+    """Return how the files of masks or test images differ from the recorded files. The first call records them."""
     record = identity.read_record(file_of(run, role))
     if record is None:
         if file_of(run, role).exists():
@@ -118,7 +118,7 @@ def _compared(record: identity.DatasetRecord, source: Source, used: np.ndarray, 
 def note_change(run: Run, what: str, **about: Any) -> str:
     """Add a change of the data to provenance.json, with the time and the step; return it as a message.
 
-    what: "changed" (--allow-dataset-change) or "moved" (`resume --data`).
+    what: "changed" or "recorded anew" (--allow-dataset-change), or "moved" (`resume --data`).
     """
     step, when = checkpoint.newest_step(run) or 0, time.strftime("%Y-%m-%dT%H:%M:%S%z")
     made = run.read_if_present(PROVENANCE)

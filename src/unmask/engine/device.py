@@ -9,7 +9,7 @@ from unmask.system.memory import available_bytes
 
 
 def choose_device(wanted: str) -> str:
-    """Return the device to train on: cuda, mps or cpu for "auto". Raises ConfigError for one that is not available."""
+    """Return the device to train on: cuda, mps or cpu for "auto". Raises ConfigError if the device is not available."""
     have = ["cpu"] + ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
     if wanted == "auto":
         return next(name for name in ("cuda", "mps", "cpu") if name in have)
@@ -23,7 +23,10 @@ def choose_device(wanted: str) -> str:
 
 
 def choose_precision(wanted: str, device: str) -> tuple[str, str]:
-    """Return ("bf16" or "fp32", reason). "auto" is bf16 only if the hardware supports it; emulation is far slower."""
+    """Return ("bf16" or "fp32", reason).
+
+    "auto" becomes bf16 only if the hardware supports it natively, because emulation is far slower.
+    """
     if wanted != "auto":
         return wanted, f"{wanted}: the setting train.precision"
     if device.startswith("cuda"):
@@ -40,12 +43,12 @@ def choose_precision(wanted: str, device: str) -> tuple[str, str]:
 
 
 def free_memory(device: str) -> int:
-    """Return how many bytes could be allocated now, on the GPU or in main memory."""
+    """Return how many bytes of memory of the device could be allocated now; main memory for "cpu"."""
     return torch.cuda.mem_get_info(device)[0] if device.startswith("cuda") else available_bytes()
 
 
 def autocast(precision: str, device: str) -> torch.autocast:
-    """Context manager for a forward pass in `precision`. Losses and patch statistics still use float32."""
+    """Context manager for a forward pass in `precision`. Losses and patch statistics are still computed in float32."""
     return torch.autocast(device.split(":")[0], dtype=torch.bfloat16, enabled=precision == "bf16")
 
 

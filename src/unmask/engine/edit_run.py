@@ -1,12 +1,12 @@
 """`unmask set RUN KEY=VALUE...`: change settings of a run that has begun, and keep a record of it.
 
-The files of a run contain digests, so they cannot be edited by hand; use this instead. It rejects changes that would
-invalidate the weights, updates the plan if necessary, and records the change, its author, time and step in
-`provenance.json` ("edits"), which the report shows.
+The files of a run contain digests, so they cannot be edited by hand. `unmask set` rejects changes that would invalidate
+the weights, updates the plan if necessary, and records the change with its author, time and step in `provenance.json`
+("edits"). The report shows this record.
 
 `train.steps` and `train.epochs` make a run longer or shorter. From the step of the change on, the learning rate follows
-the curve of a run of the new length. It changes linearly from its last value to that curve, over the share
-`optim.warmup` of the remaining steps. Earlier steps keep their schedule (`Plan.earlier`), so the run can still be
+the curve of a run of the new length. Over the share `optim.warmup` of the remaining steps, the learning rate changes
+linearly from its last value to that curve. Earlier steps keep their schedule (`Plan.earlier`), so the run can still be
 repeated exactly from any of its checkpoints.
 
 The change is first written to a journal file and then applied. If a crash interrupts it, the next `unmask resume` or
@@ -40,12 +40,15 @@ JOURNAL = ".edit.json"
 LENGTH = ("train.steps", "train.epochs")
 SCHEDULE = (*LENGTH, "optim.base_lr", "optim.final_lr", "optim.warmup")
 
-_WEIGHTS = "the weights were trained with it; start a new run from them: unmask pretrain DATA --from {run}"
-_ORDER = "the order of the images depends on it; start a new run from these weights: unmask pretrain --from {run}"
+_WEIGHTS = "the weights were trained with this setting; start a new run from them: unmask pretrain DATA --from {run}"
+_ORDER = (
+    "the order of the images depends on this setting; start a new run from these weights: "
+    "unmask pretrain DATA --from {run}"
+)
 _TESTS = "the test images of a run must stay the same; start a new run: unmask finetune"
-_BEGUN = "it only has an effect when a run begins"
+_BEGUN = "this setting only has an effect when a run begins"
 REFUSED = {
-    "recipe": "it records the origin of the settings",
+    "recipe": "this setting records the origin of the others",
     "graft": "weights are only copied before the first step",
     "data.source": "a run keeps its images; if they have moved: unmask resume {run} --data NEW; for others start a new "
     "run from these weights: unmask pretrain DATA --from {run}",
@@ -60,13 +63,13 @@ REFUSED = {
     "method.values": _WEIGHTS, "method.stored_pixels": _WEIGHTS,
     "optim.name": "the stored moments belong to the current optimiser",
 }  # fmt: skip
-"""Settings, or groups of them, that cannot be changed after a run has begun, and why."""
+"""Settings, or groups of settings, that cannot be changed after a run has begun, with the reason."""
 INEXACT = ("train.precision", "train.device", "train.micro_batch", "train.compile", "data.cache", "data.resize")
-"""Settings that change results only by rounding."""
+"""Settings that change results by rounding only."""
 
 
 def set_values(run_folder: str | Path, assignments: Iterable[str], *, console: Console | None = None) -> dict[str, Any]:
-    """Change settings of a run that is not training now; return the record of the change, {} if nothing changes.
+    """Change settings of a run that is not training now; return the record of the change, or {} if nothing changed.
 
     assignments: KEY=VALUE, as for `--set`. Raises ConfigError for a setting that is unknown, invalid or cannot be
     changed, RunInUse, and RunError.
@@ -114,7 +117,7 @@ def complete(run: Run) -> None:
 
 
 def add_edit(run: Run, edit: Mapping[str, Any]) -> None:
-    """Append a change to the record in provenance.json, unless it is there already."""
+    """Append a change to the record in provenance.json, unless the record contains it already."""
     made = run.read_if_present(PROVENANCE)
     if edit not in made.get(EDITS, []):
         run.write(PROVENANCE, made | {EDITS: [*made.get(EDITS, []), dict(edit)]})
@@ -163,7 +166,7 @@ def _checked(run: Run, config: Config, plan: Plan, asked: Mapping[str, Any], ste
 
 
 def require_same_weights(config: Config, new: Config, plan: Plan) -> None:
-    """Raise ConfigError if the checkpoints of `config` would not fit `new`."""
+    """Raise ConfigError if the checkpoints of a run with the settings `config` would not fit the settings `new`."""
     with torch.device("meta"):
         methods = [each.build(plan.images) for each in (config, new)]
     before, after = (method.state_dict() for method in methods)
@@ -186,7 +189,7 @@ def require_same_weights(config: Config, new: Config, plan: Plan) -> None:
 
 
 def replanned(config: Config, new: Config, plan: Plan, asked: Mapping[str, Any], step: int) -> Plan:
-    """Return the plan for changed settings; entries that do not depend on them are kept."""
+    """Return the plan for changed settings. Entries that do not depend on the changed settings stay the same."""
     train, changes = new.train, dict[str, Any]()
     if new.data.workers is not None:
         changes["workers"] = new.data.workers
@@ -215,7 +218,7 @@ def rescheduled(new: Config, plan: Plan, asked: Mapping[str, Any], step: int) ->
         steps = max(1, math.ceil(new.train.epochs * plan.num_images / plan.batch_size))
     if steps < max(1, step):
         raise ConfigError(
-            f"got {steps} steps in all, but this run has done {step} already; give {step} to end it here, or more"
+            f"got {steps} steps in all, but this run has done {step} already; give {step} to end the run here, or more"
         )
     peak = plan.peak_lr if "optim.base_lr" not in asked else new.optim.base_lr * plan.batch_size / 256
     warmup = round(new.optim.warmup * steps) if "optim.warmup" in asked or step <= plan.warmup_steps else None

@@ -16,9 +16,10 @@ from unmask.system.stop_requests import StopRequest
 
 
 def evaluate(job: Job, evaluator: Evaluator, at: Position, stop: StopRequest) -> float:
-    """Evaluate the method, and its averaged weights if there are any; log the metrics and return the seconds it took.
+    """Evaluate the method, and its averaged weights if there are any; log the metrics and return the duration in
+    seconds.
 
-    Raises StopRequested, with unchanged weights.
+    Raises StopRequested for a stop request; the weights are unchanged then.
     """
     began = time.perf_counter()
     with torch.no_grad(), eval_mode(job.method), uncompiled(), autocast(job.plan.precision, job.plan.device):
@@ -35,7 +36,7 @@ def evaluate(job: Job, evaluator: Evaluator, at: Position, stop: StopRequest) ->
 
 
 def evaluation_missing(job: Job, at: Position) -> bool:
-    """Return whether the evaluation due after the last step has no result, because a stop request interrupted it."""
+    """Return whether a stop request interrupted the evaluation that was due after the last step."""
     if at.step == 0 or not evaluation_due(job, at.step):
         return False
     with report_failure(job, job.run.metrics_file):

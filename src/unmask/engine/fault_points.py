@@ -41,8 +41,8 @@ def _nothing_written(path: Path) -> None: ...
 class FaultPoints:
     """Functions that training calls; by default they do nothing.
 
-    before_training: called once, after the images have been scanned and the run folder has been written.
-    before_step: called before each optimiser step with the position, under the watchdog, so a hang counts as a stall.
+    before_training: called once, after the images have been scanned and the run folder has been written. before_step:
+    called with the position before each optimiser step; the watchdog is active, so a hang counts as a stall.
     after_step: called after each optimiser step; returns the step that the loop continues with.
     before_write: called before each file of a checkpoint is written; an OSError raised here acts like a disk error.
     """
@@ -63,7 +63,7 @@ def fault_points() -> FaultPoints:
 
 @contextmanager
 def injected(points: FaultPoints) -> Iterator[None]:
-    """Context manager in which training calls `points` instead of any others that are set."""
+    """Context manager in which training calls `points`, in place of the fault points outside it."""
     token = _current.set(points)
     try:
         yield

@@ -1,8 +1,8 @@
 """Count the FLOPs that torch dispatches in a method's actual forward and backward pass, on the meta device.
 
-Matrix products and convolutions are counted, at 2 FLOPs per multiply-accumulate; sums, norms, softmax and look-ups are
-not, as in published numbers. Attention counts as its two matrix products, with or without a causal mask. Nothing is
-computed and no weights are allocated, so counting a ViT-H is as fast as counting a small model. A method whose loss
+As in published numbers, matrix products and convolutions count 2 FLOPs per multiply-accumulate, and sums, norms,
+softmax and look-ups count nothing. Attention counts as its two matrix products, with or without a causal mask. Nothing
+is computed and no weights are allocated, so counting a ViT-H is as fast as counting a small model. A method whose loss
 depends on tensor values is counted on the CPU instead.
 
 For n tokens of width d, a transformer block takes 12 n d^2 + 2 n^2 d multiply-accumulates.
@@ -25,15 +25,16 @@ from unmask.method import Clock, Method
 from unmask.nn.torch_internals import onednn_linear
 from unmask.rng import Draws
 
-COUNTED = 2  # images in the counted batch: BatchNorm needs more than one
+COUNTED = 2  # number of images in the counted batch; BatchNorm needs more than one
 
 
 @dataclass(frozen=True)
 class Flops:
     """FLOPs of one image.
 
-    encoder, decoder, rest: parts of the forward pass of the loss. training: forward and backward pass, about three
-    times the forward pass. whole: forward pass of the encoder on all patches, without masking.
+    encoder, decoder, rest: FLOPs of these parts in the forward pass of the loss. training: FLOPs of the forward and the
+    backward pass, about three times those of the forward pass. whole: FLOPs of the encoder's forward pass on all
+    patches, without masking.
     """
 
     encoder: int
@@ -48,15 +49,16 @@ class Flops:
 
     @property
     def masked(self) -> bool:
-        """Whether the encoder's blocks skip the hidden patches. Skipping them in the embedding alone does not count."""
+        """Whether the encoder's blocks skip the hidden patches. It is False if only the patch embedding skips them."""
         return self.encoder < 0.98 * self.whole
 
 
 def count_flops(config: Config, images: ImageSpec) -> Flops:
     """Count the FLOPs of one image for the method and settings of `config`.
 
-    The loss of a custom method may depend on tensor values, which meta tensors do not have. torch then raises one of
-    two errors, and the pass is counted on the CPU, where a real error is raised again.
+    The loss of a custom method may depend on tensor values, which meta tensors do not have. torch then raises
+    RuntimeError or NotImplementedError, and the pass is counted on the CPU. If the error has another cause, it is
+    raised again there.
     """
     try:
         return _count(config, images, "meta")
@@ -65,7 +67,7 @@ def count_flops(config: Config, images: ImageSpec) -> Flops:
 
 
 def typical_images(config: Config) -> ImageSpec:
-    """Return the image properties that a configuration expects; RGB unless it sets the channels."""
+    """Return the image properties that a configuration expects. Images are RGB unless it sets the channels."""
     channels = config.data.channels or len(config.data.mean or config.data.std or (0, 0, 0))
     return ImageSpec(
         channels=channels, size=config.data.size, dtype="uint8", mean=(127.5,) * channels, std=(64.0,) * channels
@@ -75,7 +77,7 @@ def typical_images(config: Config) -> ImageSpec:
 def blocks_flops(blocks: Iterable[nn.Module], tokens: int, width: int, *, last: int | None = None) -> int:
     """Count the FLOPs of transformer blocks alone on one sequence of `tokens` tokens of width `width`.
 
-    last: the blocks only compute this many tokens at the end of the sequence (see `nn.blocks.Block`).
+    last: number of tokens at the end of the sequence that the blocks compute (None: all); see `nn.blocks.Block`.
     """
     with torch.device("meta"), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), _counter() as counter:
         x = torch.empty(1, tokens, width)
@@ -111,7 +113,7 @@ def _count(config: Config, images: ImageSpec, device: str) -> Flops:
 
 
 def _counter() -> FlopCounterMode:
-    """Return a FLOP counter that also counts the products that `nn.linear_layer` computes with oneDNN."""
+    """Return a FLOP counter that also counts the matrix products that `nn.linear_layer` computes with oneDNN."""
 
     def flops(x: torch.Size, weight: torch.Size, *rest: object, out_shape: object = None) -> int:
         return 2 * x.numel() * weight[0]

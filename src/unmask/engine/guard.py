@@ -25,9 +25,10 @@ class Guard:
 
     @contextmanager
     def step(self, number: int, *, compiling: bool = False) -> Iterator[None]:
-        """Context manager around a step.
+        """Context manager around a training step.
 
-        compiling: whether torch.compile runs in it; such a step may take long and can be interrupted.
+        compiling: whether torch.compile runs in this step; then a longer time limit applies, and a stop request
+        interrupts the step.
         """
         least = COMPILING_SECONDS if compiling else 0
         with (
@@ -47,7 +48,8 @@ class Guard:
         file = write_stacks(self.run.path)
         sentence = (
             f"{what} made no progress for {self.watchdog.waited:g} s; the stacks of all threads are in {file}. "
-            f"`unmask resume {self.run.path}` continues from the last checkpoint; {VARIABLE} sets another limit"
+            f"`unmask resume {self.run.path}` continues from the last checkpoint; the environment variable {VARIABLE} "
+            "sets another limit"
         )
         with suppress(OSError, UserError, RunGone):
             step = checkpoint.newest_step(self.run) or 0
@@ -58,7 +60,7 @@ class Guard:
 
 @contextmanager
 def guarded(run: Run, plan: Plan, stop: StopRequest, stopwatch: Stopwatch) -> Iterator[Guard]:
-    """Context manager for a `Guard`; a step that stalls raises TrainingFailed."""
+    """Context manager that yields a `Guard`. A step that stalls raises TrainingFailed."""
     guard = Guard(run, plan, stop, stopwatch)
     with guard.watchdog:
         try:

@@ -18,7 +18,7 @@ class Heartbeat:
         self.run, self.due = run, 0.0
 
     def beat(self, step: int) -> None:
-        """Record that `step` steps were launched. Write errors are ignored."""
+        """Record that `step` steps were launched on the device. Write errors are ignored."""
         if (now := time.monotonic()) < self.due:
             return
         self.due = now + INTERVAL

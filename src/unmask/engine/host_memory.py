@@ -16,10 +16,10 @@ USUAL = {TRIM_THRESHOLD: 128 * 1024, MMAP_MAX: 65536}
 def memory_kept(device: str) -> Iterator[None]:
     """Context manager that keeps freed memory in the process on a CPU, and returns it to the system at the end.
 
-    Every training step allocates and frees the same large tensors. By default glibc returns each to the system at once,
-    so the next allocation causes page faults (`benchmarks/step.py` counts them). Does nothing with other C libraries,
-    or if environment variables configure malloc. At the end the default limits are set, but without glibc's dynamic
-    adjustment of the mmap threshold.
+    Every training step allocates and frees the same large tensors. By default glibc returns the memory of each tensor
+    to the system at once, so the next allocation causes page faults (`benchmarks/step.py` counts them). It does nothing
+    if the C library is not glibc, or if environment variables configure malloc. At the end, glibc's default limits are
+    set again, but without its dynamic adjustment of the mmap threshold.
     """
     libc = None if device != "cpu" or _malloc_is_set() else _glibc()
     if libc is None:
@@ -32,7 +32,8 @@ def memory_kept(device: str) -> Iterator[None]:
         libc.malloc_trim(0)
 
     inside = True
-    # Otherwise each loader process forked now would keep the memory of the largest image that it ever decoded.
+    # Otherwise each loader process that is forked from now on would keep the memory of the largest image that it has
+    # decoded.
     os.register_at_fork(after_in_child=lambda: usual() if inside else None)
     libc.mallopt(TRIM_THRESHOLD, -1)  # never
     libc.mallopt(MMAP_MAX, 0)

@@ -1,9 +1,9 @@
 """Choose the size of the method's input images, and describe its effect.
 
-Recipes whose name ends in one of `FOLLOWING` are not from a paper, so their size and patch are chosen from the images,
-as for the recipe `auto`, unless one of the two is set. Tokenizers keep their size, because BEiT resizes images for them
-so that there are as many codes as patches. Masks and boxes need more detail than classes, so segmentation and detection
-use larger images than the pre-training, if the files are large enough.
+Recipes whose name ends in a word of `FOLLOWING` are not from a paper, so their image size and patch size are chosen for
+the images, as for the recipe `auto`, unless one of the two is set. Tokenizers have a fixed size, because BEiT resizes
+images for them so that there are as many codes as patches. Segmentation masks and boxes need more detail than classes,
+so segmentation and detection use larger images than the pre-training did, if the files are large enough.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ Size = tuple[int, int]
 FOLLOWING = ("nano", "tiny", "small")
 FIXED_METHODS = ("dvae",)
 SMALLEST, SMALL_SIDE, NANO_SIDE = 16, 48, 64  # In pixels.
-STRETCH = 1.2  # Resampling by a smaller factor is reported as "about their own size".
-LARGER = 1.5  # For masks and boxes, the input size is enlarged if the images are larger by more than this factor.
+STRETCH = 1.2  # If images are resampled by a smaller factor, the report describes this as "about their own size".
+LARGER = 1.5  # For segmentation and detection, images larger than this times the input size enlarge it.
 
 
 def follows_images(name: str) -> bool:
-    """Return whether the size of a pre-training recipe is chosen from the images."""
+    """Return whether the image size of a pre-training recipe is chosen for the images."""
     if name.rpartition("_")[2] not in FOLLOWING:
         return False
     method = catalogue.find(name).method.name
@@ -32,9 +32,9 @@ def follows_images(name: str) -> bool:
 
 
 def candidates(name: str, median: Size) -> Iterable[list[str]]:
-    """Yield settings, as KEY=VALUE, that fit the recipe `name` to images of `median` (H, W) pixels, best first.
+    """Yield lists of settings KEY=VALUE that adapt the recipe `name` to images of `median` (H, W) pixels, best first.
 
-    The caller has to try them in order, because a method may need multiples of more than its patch.
+    The caller must use the first that is valid: some methods need a size that is a multiple of more than the patch size.
     """
     if not follows_images(name):
         return
@@ -62,9 +62,11 @@ def _size(shape: Size) -> str:
 
 
 def dense_size(config: Config, median: Size, most: Size) -> Size:
-    """Return the input size for segmentation or detection: the size of the images, but no more pixels than `most` has.
+    """Return the input size (H, W) for segmentation or detection.
 
-    A multiple of the encoder's patch. The size of `config` if the images are not much larger.
+    It is the `median` size of the images, reduced to at most as many pixels as `most` (H, W) has, and rounded to a
+    multiple of the encoder's patch size. If the images are not much larger than the size in `config`, that size is
+    returned.
     """
     settings: Any = config.method
     patch, own = settings.encoder.patch, config.data.size

@@ -25,7 +25,7 @@ from unmask.system.json_input import LARGEST, Outside, checked, read_json
 
 
 class PaletteFile(Outside):
-    """The used part of a file of `unmask palette`. colours: (k, C) in the files' units."""
+    """The part that training uses of a file of `unmask palette`. colours: (k, C) in the files' units."""
 
     colours: Annotated[list[Annotated[list[float], Field(min_length=1, max_length=64)]], Field(
         min_length=2, max_length=LARGEST
@@ -34,14 +34,15 @@ class PaletteFile(Outside):
 
 
 TOKENIZER = "target.tokenizer."  # Prefix of the tokenizer's tensors in methods that predict codes.
-DVAE = ""  # Prefix of the same tensors in the dVAE, which has no others.
+DVAE = ""  # Prefix of the same tensors in a dVAE run, which has no other tensors.
 
 
 def continued(from_run: str | Path, recipe: str) -> Config:
     """Return the configuration of a run that starts from the weights of another run.
 
-    With recipe "auto" the settings and all weights of that run are used; with a named recipe only its encoder. The
-    normalisation is that of the weights. Raises UserError if the folder is not a run, or has no checkpoint.
+    With recipe "auto", the settings and all weights of the other run are used. With a named recipe, only its encoder is
+    used. In both cases its normalisation is used as well. Raises UserError if `from_run` is not a run, or has no
+    checkpoint.
     """
     run = Run.open(from_run)
     step, _ = checkpoint.load_model(run)
@@ -60,7 +61,7 @@ def continued(from_run: str | Path, recipe: str) -> Config:
 
 
 def licence(config: Config) -> dict[str, str]:
-    """Return the licence of the initial weights as an entry for provenance.json, or {} if there is none."""
+    """Return the licence of the initial weights as an entry for provenance.json, or {} if no licence is known."""
     runs = [Run(entry.run) for entry in config.graft if not entry.target.startswith(TOKENIZER)]
     said = dict.fromkeys(words for run in runs if (words := licence_of(run)))
     return {"licence": "; ".join(said)} if said else {}
@@ -83,7 +84,7 @@ def require_size(config: Config) -> None:
 def with_tokenizer(path: str | Path, others: Iterable[Graft]) -> list[str]:
     """Return settings, as KEY=VALUE, to predict the codes of the dVAE run `path`.
 
-    Raises UserError if the run has another method or no checkpoint, or if there is a tokenizer already.
+    Raises UserError if that run is not a dVAE or has no checkpoint, or if the settings already contain a tokenizer.
     """
     run = Run.open(path)
     config = read_config(run)
@@ -105,7 +106,7 @@ def with_tokenizer(path: str | Path, others: Iterable[Graft]) -> list[str]:
 
 
 def with_masks(path: str | Path) -> list[str]:
-    """Return settings, as KEY=VALUE, to use the patch masks of a file. Raises UserError if it cannot be read."""
+    """Return settings, as KEY=VALUE, to use the patch masks of a file. Raises UserError if the file cannot be read."""
     patterns = read_masks(path)
     return [
         "method.mask=pattern",
@@ -117,7 +118,7 @@ def with_masks(path: str | Path) -> list[str]:
 def with_palette(path: str | Path) -> list[str]:
     """Return settings, as KEY=VALUE, for an iGPT with the colours of a palette file or of another iGPT run.
 
-    Raises UserError if the run has another method, or the file is not a palette.
+    Raises UserError if the run is not an iGPT, or the file is not a palette.
     """
     path = Path(path)
     if path.is_dir():
@@ -146,7 +147,7 @@ def with_palette(path: str | Path) -> list[str]:
 
 
 def require_own_settings(option: str, filled: Iterable[str], settings: Iterable[str], config: Config) -> None:
-    """Raise ConfigError if the settings of an option were also set with --set, or if the method does not have them."""
+    """Raise ConfigError if --set also sets the settings of an option, or if the method does not have these settings."""
     asked, keys = parse(settings), [key for key in parse(filled) if key != "graft"]
     if both := sorted(set(asked) & set(keys)):
         raise ConfigError(f"got both {option} and {both[0]}, which set the same; leave one of them out")
@@ -169,7 +170,7 @@ def require_tokenizer(config: Config) -> None:
 
 
 def require_grafts(config: Config, images: ImageSpec) -> None:
-    """Copy the initial weights to a temporary method, so that misfits are reported before a run is created."""
+    """Copy the initial weights to a temporary method, so that errors are reported before a run is created."""
     for entry in config.graft:
         run = Run.open(entry.run)
         theirs = read_plan(run).images

@@ -1,4 +1,4 @@
-"""Data classes of the training loop: its inputs, the job made from them, the position, and one step."""
+"""Data classes of the training loop: its inputs, the objects that it uses, its position, and one step."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from unmask.run import Run, RunGone
 class TrainingInputs:
     """The inputs of `train`.
 
-    evaluator: evaluates a supervised method on its test images. began: when training began or was resumed, on the clock
-    of `time_budget.now` (None: now).
+    evaluator: evaluates a supervised method on its test images. began: the time at which training began or was resumed,
+    on the clock of `time_budget.now` (None: now).
     """
 
     run: Run
@@ -41,7 +41,10 @@ class TrainingInputs:
 
 @dataclass(frozen=True)
 class Job:
-    """The objects that the training loop uses. Only the number of steps in `plan` changes, with a time budget."""
+    """The objects that the training loop uses.
+
+    They stay the same, except that a time budget can change the number of steps in `plan`.
+    """
 
     run: Run
     config: Config
@@ -57,9 +60,9 @@ class Job:
 class Position:
     """The position in the training; saved with every checkpoint.
 
-    step: optimiser steps done. consumed: samples consumed, in the order of the data set. bad_steps: number of latest
-    consecutive steps with non-finite numbers. fault_step: the step of the last rollback. rollbacks: number of rollbacks
-    since training last got past that step.
+    step: optimiser steps done. consumed: number of samples used, in the order of the data set. bad_steps: number of
+    consecutive steps with non-finite numbers up to now. fault_step: the step at which the last rollback happened.
+    rollbacks: number of rollbacks since training last continued beyond that step.
     """
 
     step: int = 0
@@ -73,9 +76,9 @@ class Position:
 class Step:
     """One optimiser step. The device may still be computing it, so reading a tensor waits.
 
-    number, consumed: the position after the step. lr: learning rate. rows: (B,) int64, rows of its images in the
+    number, consumed: the position after the step. lr: learning rate. rows: (B,) int64, rows of the step's images in the
     source. waited: seconds spent waiting for data. loss, norm: 0-d tensors, the mean loss and the gradient norm. logs:
-    0-d tensors to log.
+    0-d tensors to log, by name.
     """
 
     number: int
@@ -90,7 +93,10 @@ class Step:
 
 @contextmanager
 def report_failure(job: Job, file: Path) -> Iterator[None]:
-    """Context manager for access to a file other than a checkpoint. Errors are reported once; training continues."""
+    """Context manager for access to a file other than a checkpoint.
+
+    An error is reported once, and training continues.
+    """
     try:
         yield
     except RunGone as error:
@@ -101,6 +107,6 @@ def report_failure(job: Job, file: Path) -> Iterator[None]:
 
 
 def log_row(job: Job, row: Mapping[str, object]) -> None:
-    """Append a row, with the time, to metrics.jsonl."""
+    """Append a row to metrics.jsonl, with the current time."""
     with report_failure(job, job.run.metrics_file):
         job.run.log({**row, "time": time.time()})

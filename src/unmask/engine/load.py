@@ -38,7 +38,7 @@ class Loaded:
 
 
 def licence_of(run: Run) -> str:
-    """Return the licence of imported weights, or of weights trained from them, or "" if there is none."""
+    """Return the licence of weights that were imported or trained from imported weights, or "" if unknown."""
     made = run.read_if_present(PROVENANCE)
     return str(made.get("imported", {}).get("licence") or made.get("licence") or "")
 
@@ -64,7 +64,7 @@ def _read(run: Run, name: str, kind: type[Read]) -> Read:
 
 
 def load(run: str | Path, *, device: str = "cpu", step: int | None = None) -> Loaded:
-    """Return the method of a run from its newest intact checkpoint, or from that of `step`.
+    """Load the method of a run from its newest intact checkpoint, or from the checkpoint of `step`.
 
     device: "auto", "cpu", "cuda", "cuda:N" or "mps". Raises UserError if there is no such checkpoint, if the weights do
     not match the method in config.json exactly, or if this machine does not have the device.
@@ -97,7 +97,7 @@ def take_weights(method: Method, config: Config) -> None:
 
 
 def _grid(run: Run) -> tuple[int, int] | None:
-    """Return the grid of patches of a run's encoder, or None if it has no patches."""
+    """Return the grid of patches of a run's encoder, or None if the encoder has no patches."""
     patch = read_config(run).method.model_dump()["encoder"].get("patch")
     size = read_plan(run).images.size
     return None if patch is None else (size[0] // patch[0], size[1] // patch[1])
@@ -107,14 +107,18 @@ def load_encoder(run: str | Path, *, device: str = "cpu", step: int | None = Non
     """Load the encoder of a run in eval mode. `encoder(images)` returns `Features`, without masking.
 
     images: (B, C, H, W) of any real dtype, in the files' units (uint8 0..255 nearly always); the encoder normalises
-    them. Float images in another range raise UserError. With `encoder(images, scale="unit")`, values are in 0..1 for
-    8-bit and 16-bit data; with scale="data", values are not checked. `.half()` and `.bfloat16()` work.
+    them. Float images whose values are not in the files' range raise UserError. With scale="unit", images of 8-bit and
+    16-bit data have values in 0..1 instead, and with scale="data", values are not checked. `.half()` and `.bfloat16()`
+    work.
     """
     return load(run, device=device, step=step).method.encoder
 
 
 def untrained_encoder(loaded: Loaded) -> nn.Module:
-    """Return the encoder with random initial weights, the control of every probe. Fixed buffers are the run's."""
+    """Return the encoder with random initial weights, the control of every probe.
+
+    Its fixed buffers, such as a palette, are copied from the run.
+    """
     method = build_method(loaded.config, loaded.plan.images)
     kept = {name: value for name, value in loaded.method.state_dict().items() if name.startswith(method.fixed)}
     method.load_state_dict(kept, strict=False)

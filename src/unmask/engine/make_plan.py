@@ -18,11 +18,11 @@ from unmask.optim import peak_lr
 
 DEFAULT_EPOCHS = 100
 MEMORY_SHARE = 0.6
-BUDGET_SHARE = 0.9  # Share of a budget for training; the rest is for pictures, checkpoints and the report.
-TESTS = 10  # Evaluations of a supervised run, unless train.test_every is set.
-TEST_IMAGE = 0.5  # Time to load and evaluate an image, divided by the time to train on it.
+BUDGET_SHARE = 0.9  # Share of a budget for training; the rest is reserved for pictures, checkpoints and the report.
+TESTS = 10  # Number of evaluations during a supervised run, unless train.test_every is set.
+TEST_IMAGE = 0.5  # Time to load and evaluate an image, divided by the time of a training step per image.
 TEST_SHARE = 0.15  # Maximum share of a budget for evaluations.
-MEASURING_SHARE = 0.03  # Maximum share of a budget for timing steps.
+MEASURING_SHARE = 0.03  # Maximum share of a budget for measuring the time of a step.
 
 
 @dataclass(frozen=True)
@@ -42,10 +42,8 @@ class DatasetFacts:
 
 @dataclass(frozen=True)
 class LoadingPlan:
-    """How images are loaded.
-
-    workers: number of loader workers. cached: whether decoded images are kept in memory. batch_seconds: function that
-    measures the time to load one global batch (None: loading takes no time).
+    """How images are loaded. workers: number of loader workers. cached: whether decoded images are kept in memory.
+    batch_seconds: function that measures the time to load one global batch (None: the loading time is neglected).
     """
 
     workers: int
@@ -63,7 +61,7 @@ class ModelFacts:
 
 
 def require_micro_batch(config: Config) -> None:
-    """Raise ConfigError if the micro-batch of the settings does not divide the batch, or splits data.repeats."""
+    """Raise ConfigError if train.micro_batch does not divide the batch, or data.repeats does not divide both."""
     batch, wanted, repeats = config.train.batch_size, config.train.micro_batch, config.data.repeats
     for name, size in (("batch_size", batch), ("micro_batch", wanted)):
         if size is not None and size % repeats:
@@ -79,7 +77,11 @@ def require_micro_batch(config: Config) -> None:
 
 
 def choose_micro_batch(config: Config, bytes_per_image: int, device: str) -> tuple[int, str]:
-    """Return the largest divisor of the batch that fits in memory, and why. Raises ConfigError."""
+    """Return (micro-batch, reason): the largest divisor of the batch that fits in memory, unless train.micro_batch is
+    set.
+
+    Raises ConfigError.
+    """
     batch, repeats = config.train.batch_size, config.data.repeats
     require_micro_batch(config)
     if (wanted := config.train.micro_batch) is not None:
@@ -101,15 +103,14 @@ def choose_steps(
     step_seconds: Callable[[], Timing],
     num_test: int = 0,
 ) -> tuple[int, int, str]:
-    """Return the number of optimiser steps, the steps between evaluations of a supervised run, and why.
+    """Return (number of optimiser steps, steps between evaluations of a supervised run, reason).
 
-    A `budget` overrides `train.steps`, which overrides `train.epochs`, because a recipe may set any of them;
-    `engine/resolve.py` rejects two that the user sets. num_test: images per evaluation. Raises ConfigError for a budget
-    with no time to train.
+    A `budget` overrides `train.steps`, which overrides `train.epochs`, because a recipe may set any of them. If the
+    user sets two of them, `engine/resolve.py` raises an error. Raises ConfigError for a budget with no time to train.
     """
     train = config.train
     if budget is not None:
-        each = step_seconds()  # must precede `budget.used()`, because measuring takes time too
+        each = step_seconds()  # measure before `budget.used()` is called, because measuring takes time too
         return fill_budget(config, budget.seconds, used=budget.used(), timing=each, num_test=num_test)
     if train.steps is not None:
         steps, why = train.steps, f"{train.steps} steps: the setting train.steps"
@@ -121,16 +122,16 @@ def choose_steps(
 
 
 def fill_budget(config: Config, budget: float, used: float, timing: Timing, num_test: int) -> tuple[int, int, str]:
-    """Return the same as `choose_steps`, for a budget of `budget` seconds of which `used` have passed.
+    """Return the result of `choose_steps` for a budget of `budget` seconds, `used` of which have passed.
 
-    The time of evaluations is included, with one more at the end. Unless their interval is set, there are ten, or as
-    many as fit into TEST_SHARE of the budget. Raises ConfigError if no time is left to train.
+    The budget includes the evaluations during training and one at the end. Unless their interval is set, there are ten
+    evaluations, or as many as fit into TEST_SHARE of the budget. Raises ConfigError if no time is left to train.
     """
     train, each = config.train, timing.median
     test = TEST_IMAGE * each / train.batch_size * num_test * (1 if config.optim.average is None else 2)
     tests = TESTS if not test else max(1, min(TESTS, int(TEST_SHARE * budget / test) - 1))
     left = BUDGET_SHARE * budget - used
-    if train.test_every:  # evaluations at this interval, one after the last step, and the final one
+    if train.test_every:  # evaluations at this interval, one after the last step, and the final test
         steps, ends = (left - 2 * test) / (each + test / train.test_every), 2 * test
     else:
         steps, ends = (left - (tests + 1) * test) / each, (tests + 1) * test
@@ -146,7 +147,7 @@ def fill_budget(config: Config, budget: float, used: float, timing: Timing, num_
     steps = int(steps)
     every = train.test_every or math.ceil(steps / tests)
     why = (
-        f"{steps} steps at first: {timing.words()} each, in a budget of {duration(budget)}, of which "
+        f"{steps} steps at first: each step takes {timing.words()}, in a budget of {duration(budget)}, of which "
         f"{duration(used)} are used; the number is adapted to the speed of training"
     )
     if test:
@@ -177,8 +178,8 @@ def make_plan(
 ) -> Plan:
     """Derive the plan of a run.
 
-    budget: time for the whole command, or None if the settings determine the length. reasons: reasons of earlier
-    choices.
+    budget: time for the whole command, or None if the settings determine the length. reasons: sentences about choices
+    made before, which are stored in the plan.
     """
     precision, why_precision = choose_precision(config.train.precision, device)
     model = model_facts(config, dataset.spec, precision, device)
@@ -230,7 +231,7 @@ def make_plan(
 
 
 def model_facts(config: Config, spec: ImageSpec, precision: str, device: str) -> ModelFacts:
-    """Build the method once, count its parameters, and measure the memory of its activations."""
+    """Build the method once, count its parameters, and measure the memory that its activations need."""
     method = build_method(config, spec).to(device)
     return ModelFacts(
         parameters=sum(p.numel() for p in method.parameters()),
@@ -240,7 +241,7 @@ def model_facts(config: Config, spec: ImageSpec, precision: str, device: str) ->
 
 
 def few_epochs(samples: int, num_images: int, batch_size: int) -> tuple[str, ...]:
-    """Return a warning as a tuple if the training is only a few epochs long, else ()."""
+    """Return a tuple with one warning if the training lasts only a few epochs, else ()."""
     if samples >= 20 * num_images or num_images < batch_size:
         return ()
     return (f"only {samples / num_images:.3g} epochs: expect the loss to be far above its minimum",)

@@ -22,10 +22,10 @@ from unmask.method import Clock, Method
 from unmask.optim import make_optimizer, update
 from unmask.rng import Draws
 
-TENSORS_AT_A_TIME = 4  # Number of tensors of the largest size that exist at the same time.
-FEW_IMAGES, LONGEST_PASS = 8, 2.0  # On a CPU, time is extrapolated from a pass of at least 8 images, up to 2 seconds.
+TENSORS_AT_A_TIME = 4  # Assumed number of temporary tensors of the largest size that exist at the same time.
+FEW_IMAGES, LONGEST_PASS = 8, 2.0  # On a CPU, steps are timed on a part of the batch, see `time_steps`.
 MEASUREMENTS = 3  # Number of measurements of the step time, each the mean of several steps.
-BUSY = 2.0  # If measurements of a step differ by this factor, another program is using the machine.
+BUSY = 2.0  # If measurements of a step differ by this factor, another program is probably using the machine.
 
 
 def example_batch(images: ImageSpec, count: int, device: str) -> Batch:
@@ -44,8 +44,8 @@ def example_batch(images: ImageSpec, count: int, device: str) -> Batch:
 def bytes_per_image(method: Method, images: ImageSpec, precision: str, device: str) -> int:
     """Return the memory per image of a step in bytes: activations kept for backward, and the largest temporary tensors.
 
-    Measured as the difference between four images and two, so one-off allocations such as weights cast to bfloat16
-    cancel. A frozen encoder keeps no activations, but a few temporary tensors exist at the same time.
+    The result is the difference between batches of four and of two images, so one-off allocations such as weights cast
+    to bfloat16 cancel. A frozen encoder keeps no activations, but a few temporary tensors exist at the same time.
     """
 
     def needed(count: int) -> tuple[int, list[int]]:
@@ -77,7 +77,7 @@ class Timing(NamedTuple):
 
     @classmethod
     def of(cls, times: Sequence[float]) -> Timing:
-        """Summarise `times`: their median, and the range of the means of `MEASUREMENTS` consecutive parts."""
+        """Return the median of `times`, and the lowest and highest mean of their `MEASUREMENTS` consecutive parts."""
         parts = min(MEASUREMENTS, len(times))
         edges = [round(part * len(times) / parts) for part in range(parts + 1)]
         means = [sum(times[a:b]) / (b - a) for a, b in pairwise(edges)]
@@ -85,16 +85,16 @@ class Timing(NamedTuple):
         return cls(median, min(median, *means), max(median, *means))
 
     def with_loading(self, load: Timing, workers: int) -> Timing:
-        """Return the seconds of a step including loading; see the function `with_loading`."""
+        """Return the timing of a step that includes loading; see the function `with_loading`."""
         return Timing(*(with_loading(*pair, workers) for pair in zip(self, load, strict=True)))
 
     def words(self) -> str:
-        """Return the numbers as text, e.g. "0.2 s (0.18 to 0.31 s)"."""
+        """Return text such as "0.2 s (0.18 to 0.31 s in 3 measurements)"."""
         return f"{self.median:.3g} s ({self.low:.3g} to {self.high:.3g} s in {MEASUREMENTS} measurements)"
 
     @property
     def busy(self) -> bool:
-        """Whether the measurements differ so much that another program must be using the machine."""
+        """Whether the measurements differ so much that another program is probably using the machine."""
         return self.high > BUSY * self.low
 
 
@@ -115,7 +115,7 @@ def time_steps(
     """Return the seconds of single optimiser steps of a temporary copy of the method, without waits for data."""
     method = build_method(config, images).to(device)
     if config.train.compile and why_not_compiled(device) is None:
-        compile_blocks(method)  # the run can reuse the compilation
+        compile_blocks(method)  # the training that follows can reuse the compiled code
     optimizer = make_optimizer(method, config.optim)
     times: list[float] = []
 
@@ -143,7 +143,7 @@ def time_steps(
             start = time.perf_counter()
             loss = passes(batch, count)
             if needed > count:
-                wait_for(loss)  # otherwise `part` would only be the time to launch the kernels
+                wait_for(loss)  # wait for the device, otherwise `part` would only be the time to launch the kernels
             part = time.perf_counter() - start
             wait_for(update(optimizer, 0.0, loss, config.optim.clip))
             whole = time.perf_counter() - start
@@ -152,5 +152,5 @@ def time_steps(
 
 
 def with_loading(compute: float, load: float, workers: int) -> float:
-    """Return the seconds of a step: loading runs in parallel to the computation with workers, else before it."""
+    """Return the seconds of a step with loading, which runs in parallel to the computation if there are workers."""
     return max(compute, load) if workers else compute + load

@@ -8,14 +8,14 @@ import torch
 
 try:
     from torch.utils._python_dispatch import TorchDispatchMode
-except ImportError:  # a private module of torch; tests/engine/test_fused_gate_and_sizes.py fails if it has moved
+except ImportError:  # private; tests/engine/test_fused_gate_and_sizes.py fails if torch moves it
     TorchDispatchMode = None
 
 
 def recorder() -> OperationSizes | NothingRecorded:
-    """Return a context manager whose `bytes` lists how many bytes each operation inside it returned, in order.
+    """Return a context manager that records in the list `bytes` how many bytes each torch operation inside it returned.
 
-    If torch has no dispatch mode, the list remains empty.
+    If this version of torch has no dispatch mode, the list stays empty.
     """
     return NothingRecorded() if TorchDispatchMode is None else OperationSizes()
 

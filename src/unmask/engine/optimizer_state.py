@@ -30,7 +30,10 @@ def tensors_to_optimizer(
     tensors: Mapping[str, Tensor],
     numbers: Mapping[str, Any],
 ) -> None:
-    """Restore the state that `optimizer_to_tensors` returned, exactly. Raises CheckpointError if it does not fit."""
+    """Restore exactly the state that `optimizer_to_tensors` returned.
+
+    Raises CheckpointError if the state does not fit.
+    """
     by_name = {name: parameter for parameter, name in names.items()}
     managed = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     optimizer.state.clear()

@@ -1,7 +1,7 @@
 """`unmask plan RECIPE`: the cost of a recipe without any images: parameters, FLOPs, steps, images per GPU.
 
-All numbers are counted on the method itself (`engine/flops.py`). Papers report multiply-accumulates ("G MACs", often
-called FLOPs) or FLOPs (1 MAC = 2 FLOPs); both are printed.
+All numbers are counted on the method itself (`engine/flops.py`). Some papers report multiply-accumulates ("G MACs",
+often called FLOPs) and others FLOPs (1 MAC = 2 FLOPs), so both are printed.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ def recipe_costs(recipe: str, *, settings: Sequence[str] = (), gpus: int | None 
 def promised_tokenizer(recipe: str, settings: Sequence[str], dvae: str | None = None) -> tuple[str | None, list[str]]:
     """Return (recipe of a dVAE, settings as KEY=VALUE) as a stand-in for the tokenizer of a method that predicts codes.
 
-    The settings describe the tokenizer's network, without weights. (None, []) for methods without a tokenizer. dvae:
-    recipe of the dVAE (None: DALL-E's for patches of 14 pixels or more, else the small one).
+    The settings describe the tokenizer's network, without weights. The result is (None, []) for methods without a
+    tokenizer. dvae: recipe of the dVAE (None: DALL-E's dVAE for patches of 14 pixels or more, else the small dVAE).
     """
     chosen = [text for text in settings if text.strip().startswith("method.")]
     method: Any = override(catalogue.find(recipe), chosen).method
@@ -74,7 +74,8 @@ def promised_tokenizer(recipe: str, settings: Sequence[str], dvae: str | None = 
 
 
 def with_idle_work(method: Method, flops: Flops) -> dict[str, int]:
-    """Return FLOPs per image including the redundant compute of MAE's published code, or {} if there is none.
+    """Return FLOPs per image including the redundant compute of MAE's published code, or {} if that code does no
+    redundant compute for this method.
 
     The published code also embeds the hidden patches, and applies the decoder's last block and the prediction layer to
     all tokens.
@@ -91,18 +92,20 @@ def with_idle_work(method: Method, flops: Flops) -> dict[str, int]:
     prediction = 2 * (1 + kept) * decoder.pred.weight.numel()
     return {
         "forward_with_idle_work": flops.forward + embedding + block + prediction,
-        # The backward pass of the embedding takes one product, not two, because pixels need no gradient.
+        # The backward pass of the embedding is one matrix product, not two, because pixels need no gradient.
         "training_with_idle_work": flops.training + 2 * embedding + 3 * (block + prediction),
     }
 
 
 def ratios(config: Config, method: Method, flops: Flops) -> dict[str, float]:
-    """Return how much compute masking saves, or {} if the encoder processes all patches, or if there is no decoder.
+    """Return ratios that show how much compute masking saves, or {} if the encoder processes all patches or there is no
+    decoder.
 
-    "everything": FLOPs of the forward pass with the encoder on all patches (as with mask tokens), divided by the actual
-    FLOPs. The other keys exist for MAE only. They count transformer blocks only, without the class token, as papers
-    usually do: "blocks" is the same ratio (the paper's 3.3 for ViT-L), "encoder" the ratio of the encoder alone, and
-    "decoder_per_token" the FLOPs per token of the decoder divided by those of the encoder (the paper's 9 %).
+    "everything" is the number of FLOPs of a forward pass with the encoder on all patches (as with mask tokens), divided
+    by the actual number. The other keys exist for MAE only. They count transformer blocks only, without the class
+    token, as papers usually do: "blocks" is the same ratio for encoder and decoder blocks (the paper's 3.3 for ViT-L),
+    "encoder" is the ratio for the encoder's blocks alone, and "decoder_per_token" is the number of FLOPs per token in
+    the decoder divided by that in the encoder (the paper's 9 %).
     """
     if not flops.decoder or not flops.masked:
         return {}
@@ -175,8 +178,8 @@ def print_costs(found: dict[str, Any], console: Console) -> None:
     if "training_with_idle_work" in flops:
         idle = flops["training_with_idle_work"]
         console.print(
-            f"  the published code takes {_billions(idle)} GFLOPs to train, {idle / flops['training']:.3f} x: it also "
-            "embeds hidden patches, and predicts visible ones"
+            f"  training with the published code takes {_billions(idle)} GFLOPs, {idle / flops['training']:.3f} x as many: "
+            "it also embeds hidden patches and predicts visible patches"
         )
     if share:
         console.print(
