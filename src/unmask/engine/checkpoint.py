@@ -88,7 +88,11 @@ def save(
     *,
     keep: int = 2,
 ) -> Path:
-    """Write checkpoint `step`, remove all but the newest `keep` (at least 2) intact checkpoints, and return its folder."""
+    """Write checkpoint `step` and return its folder; remove all but the newest `keep` (at least 2) intact checkpoints.
+
+    Raises CheckpointRefused for weights that are not finite, CheckpointFull if the checkpoint cannot be written, and
+    RunGone if the run folder is missing. In these cases older checkpoints are unchanged.
+    """
     assert keep >= 2, "keep at least two, because the newest may be damaged"
     if poisoned := [name for name, value in model.items() if value.is_floating_point() and not value.isfinite().all()]:
         raise CheckpointRefused(

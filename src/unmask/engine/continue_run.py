@@ -44,10 +44,10 @@ def resume(
 ) -> Run:
     """Continue a run exactly where it stopped. Raises UserError if that is not possible.
 
-    A finished run is checked: if its last checkpoint is damaged or missing, the steps since the previous one are
-    repeated; if its result is missing, it is evaluated again. allow_dataset_change: continue even if the images have
-    changed. places: new locations of its data. supervise: only for supervised runs, see `finetune.resume`. concluded:
-    whether the result of a supervised run has been written.
+    If the last checkpoint of a finished run is damaged or missing, the steps since the previous checkpoint are
+    repeated. If its result is missing, it is evaluated again. allow_dataset_change: whether to continue even if the
+    images have changed. places: new locations of the run's data. supervise: makes the `Supervision` of a supervised run
+    (None: pre-training). concluded: returns whether the result of a supervised run has been written.
     """
     console = console or Console()
     reject_several_processes()
@@ -92,7 +92,10 @@ def resume(
 
 
 def is_done(run: Run, plan: Plan, concluded: Callable[[Run], bool], console: Console) -> bool:
-    """Return whether a run is complete, and print the reason. Raises CheckpointError for damaged imported weights."""
+    """Return whether `resume` has nothing to do for this run, and print the reason.
+
+    Raises CheckpointError if imported weights are damaged.
+    """
     if plan.steps == 0:
         if not checkpoint.is_complete(run, 0):
             raise checkpoint.CheckpointError(

@@ -34,7 +34,7 @@ def follows_images(name: str) -> bool:
 def candidates(name: str, median: Size) -> Iterable[list[str]]:
     """Yield lists of settings KEY=VALUE that adapt the recipe `name` to images of `median` (H, W) pixels, best first.
 
-    The caller must use the first that is valid: some methods need a size that is a multiple of more than the patch size.
+    The caller must use the first valid list, because some methods need multiples of more than the patch size.
     """
     if not follows_images(name):
         return

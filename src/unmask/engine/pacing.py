@@ -1,4 +1,4 @@
-"""Decide when the loop logs, draws, evaluates and saves, and how many steps fit a time budget."""
+"""Decide when the training loop logs, draws, evaluates and saves, and how many steps fit into a budget."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from unmask.errors import UserError
 from unmask.nn.modes import eval_mode
 from unmask.run import Run, RunGone
 
-REPORT_SECONDS = 1.5  # part of the budget for writing the report after the last step
+REPORT_SECONDS = 1.5  # reserved for writing the report after the last step
 
 
 class Stopwatch:
-    """Seconds of training, including those before a resume, which the run's status has recorded."""
+    """Measures the seconds of training, including those before a resume, which the run's status records."""
 
     def __init__(self, run: Run, began: float | None = None) -> None:
         self.began = time_budget.now() if began is None else began
@@ -34,7 +34,7 @@ class Stopwatch:
 
 
 def open_pacer(job: Job, stopwatch: Stopwatch, evaluator: Evaluator | None) -> Pacer:
-    """Return the `Pacer` of a job. Without a time budget it never changes the number of steps.
+    """Return the `Pacer` of a job. Without a time budget, the pacer never changes the number of steps.
 
     A resumed run repeats some steps exactly, so the number of steps cannot change before the last logged step or the
     last recorded change.
@@ -73,7 +73,7 @@ def evaluation_due(job: Job, step: int) -> bool:
 
 
 def closing_seconds(pacer: Pacer) -> float:
-    """Return the seconds from the last step to the end of the command.
+    """Estimate the seconds from the last step to the end of the command.
 
     They include an evaluation, a picture, a checkpoint, the final result and the report.
     """
@@ -81,7 +81,10 @@ def closing_seconds(pacer: Pacer) -> float:
 
 
 def affordable(job: Job, pacer: Pacer, kind: str, at: Position) -> bool:
-    """Return whether a picture or an evaluation leaves most of the budget for training. True at the last step."""
+    """Return whether there is time for a picture or an evaluation, because most of the budget is left for training.
+
+    At the last step there always is.
+    """
     if job.plan.budget is None or at.step == job.plan.steps or pacer.affords(kind, closing_seconds(pacer)):
         return True
     job.console.warn_once(
@@ -122,7 +125,7 @@ def due(step: int, every: int, last: int) -> bool:
 
 @dataclass
 class Pace:
-    """Throughput since the last logged step. start: samples consumed until then. waited: seconds waiting for data."""
+    """Throughput since the last logged step. start: samples used until then. waited: seconds spent waiting for data."""
 
     start: int
     waited: float = 0.0
@@ -131,7 +134,7 @@ class Pace:
         self.began = time.perf_counter()
 
     def row(self, consumed: int) -> dict[str, float]:
-        """Return images per second and the share of time spent waiting, with `consumed` samples done now."""
+        """Return images per second and the share of time spent waiting, when `consumed` samples have been used."""
         seconds = max(1e-9, time.perf_counter() - self.began)
         return {"images_per_second": (consumed - self.start) / seconds, "data_wait": self.waited / seconds}
 

@@ -1,8 +1,9 @@
 """`unmask palette DATA`: compute iGPT's colour palette for these images, as a file that several runs can use.
 
-The file is JSON: `colours` (k lists of C numbers in the files' units), `dtype` and `channels` of the images, their
-source, the mean square error per channel, and how many colours are used: some are duplicates if the images have fewer
-than k different pixel values. A picture beside it shows the images in these colours.
+The file is JSON with `colours` (k lists of C numbers in the files' units), `dtype` and `channels` of the images, their
+source, the mean square error per channel, and the number of colours that are used. Not all are used if the images have
+fewer than k different pixel values, because some colours are duplicates then. A picture beside it shows the images in
+these colours.
 """
 
 from __future__ import annotations
@@ -39,9 +40,9 @@ DRAWN = 8  # Number of images in the picture.
 def make_palette(data: str, *, colours: int, size: int, out: Path, console: Console) -> dict[str, Any]:
     """Write `out` (.json) and a .png beside it, and return the content of the JSON file.
 
-    The colours are the k-means centres of the pixels of up to 512 evenly spaced images, of which the largest centred
-    square is resized to `size` pixels. Raises UserError if an argument is out of range, no image can be read, `out`
-    cannot be written, or one of the two files exists already.
+    The colours are the k-means centres of the pixels of up to 512 evenly spaced images. Each image is cropped to its
+    largest centred square and resized to `size` pixels per side. Raises UserError if an argument is out of range, if no
+    image can be read, if `out` cannot be written, or if one of the two files exists already.
     """
     picture = out.with_suffix(".png")
     _check_arguments(out, picture, colours, size)
@@ -98,7 +99,7 @@ def _check_arguments(out: Path, picture: Path, colours: int, size: int) -> None:
 
 
 def _read_images(data: str, size: int, console: Console) -> tuple[torch.Tensor, torch.Tensor | None, ImageSpec]:
-    """Return up to MAX_IMAGES images (n, C, size, size) float32, the valid pixels (None: all), and the image spec."""
+    """Return (images (n, C, size, size) float32, valid pixels (None: all), image spec) of up to MAX_IMAGES images."""
     source = open_source(data)
     with console.progress("checking files", min(len(source), MAX_IMAGES)) as bar:
         found = scan(source, sample=MAX_IMAGES, progress=bar.update)
@@ -121,7 +122,7 @@ def _read_images(data: str, size: int, console: Console) -> tuple[torch.Tensor, 
 
 
 def draw_swatches(palette: torch.Tensor, size: int) -> torch.Tensor:
-    """Return an image (1, C, size, size) of the colours from dark to bright, in a square grid."""
+    """Return an image (1, C, size, size) that shows the colours from dark to bright in a square grid."""
     side = math.ceil(len(palette) ** 0.5)
     order = palette.mean(1).argsort()
     padded = torch.cat([palette[order], palette[order][-1:].expand(side * side - len(palette), -1)])

@@ -8,7 +8,7 @@ from unmask.engine.training_plan import Plan
 
 
 def print_inputs(config: Config, console: Console) -> None:
-    """Describe settings that were read from files, to reveal for example an inverted mask or a wrong palette."""
+    """Print the settings that were read from files, so that an inverted mask or a wrong palette is noticed."""
     for line in config.method.from_files():
         console.print(line)
 

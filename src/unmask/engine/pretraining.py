@@ -55,10 +55,11 @@ from unmask.system.processes import reject_several_processes, require_main_guard
 class PretrainOptions:
     """The settings of a pre-training run and its initial weights.
 
-    exclude: patterns of file names to leave out. recipe: a name from `unmask recipes`, or "auto". config: another run,
-    or its config.json, whose settings replace those of a recipe. settings: KEY=VALUE assignments. from_run: run with
-    the initial weights, see `initial_weights.continued`. tokenizer: run of a dVAE whose codes are predicted. palette: a
-    file of `unmask palette`, or an iGPT run whose colours are used. masks: a file of patch masks.
+    exclude: patterns of file names to leave out. recipe: a name from `unmask recipes`, or "auto". config: folder or
+    config.json of another run, whose settings are used in place of a recipe. settings: KEY=VALUE assignments. from_run:
+    run with the initial weights, see `initial_weights.continued`. tokenizer: run of a dVAE whose codes the method
+    predicts.
+    palette: a file of `unmask palette`, or an iGPT run whose colours are used. masks: a file of patch masks.
     """
 
     exclude: Sequence[str] = ()
@@ -71,7 +72,10 @@ class PretrainOptions:
     masks: str | Path | None = None
 
     def base(self) -> Config | None:
-        """Return the configuration of another run that replaces the recipe, or None without one. Raises UserError."""
+        """Return the configuration that `config` or `from_run` selects in place of a recipe, or None.
+
+        Raises UserError.
+        """
         if self.config is not None:
             reject_two_sources_of_settings(self.recipe, self.from_run)
             return config_of_run(self.config)
@@ -99,11 +103,12 @@ def pretrain(
     budget: float | str | Budget | None = None,
     console: Console | None = None,
 ) -> Run:
-    """Pre-train on the images of `data` and return the run; `run.status().state` is "finished" or "stopped".
+    """Pre-train on the images of `data` and return the run, which is finished or was stopped (see `run.status()`).
 
     data: one source or several. out: a new folder (None: named after data and recipe). budget: seconds, or a time such
-    as "30m", for this whole call; the number of steps is adapted to the speed of training. console:
-    `Console(quiet=True)` shows no progress. Raises UserError; for invalid settings, before any image is opened.
+    as "30m", for this whole call; the number of steps is adapted to the speed of training. console: prints messages and
+    progress; `Console(quiet=True)` prints only warnings. Raises UserError. Invalid settings are reported before any
+    image is opened.
     """
     reject_several_processes()
     options, console, budget = options or PretrainOptions(), console or Console(), as_budget(budget)
@@ -178,5 +183,5 @@ def start_run(request: TrainingRequest, *, out: str | Path | None, console: Cons
 
 
 def free_name(source: Source, config: Config) -> Path:
-    """Return runs/<data>-<recipe>, with a number appended if that exists."""
+    """Return runs/<data>-<recipe>, with a number appended if that folder exists."""
     return free_path(default_folder(source.name, config.recipe))

@@ -25,19 +25,19 @@ class ProductRates:
     uses_onednn: bool
 
     def text(self) -> str:
-        """Return the rates and their interpretation as text."""
+        """Return a sentence with the rates, which library is faster, and what training uses."""
         ratio = self.onednn_gflops / self.torch_gflops
         faster = "oneDNN is faster" if ratio > 1 else "torch's default library is faster"
         used = "oneDNN" if self.uses_onednn else "torch's default"
         return (
             f"{self.torch_gflops:.0f} GFLOP/s with torch's default library, {self.onednn_gflops:.0f} with oneDNN "
             f"({ratio:.2f} times): {faster} here; training uses {used}. The ratio depends on the width of the "
-            "processor's vector units, which its flags do not show"
+            "processor's vector units, which the CPU flags do not show"
         )
 
 
 def measure_products() -> ProductRates | None:
-    """Time a matrix product in each library, which takes less than a second, or None if torch has no oneDNN."""
+    """Time a matrix product in each library, in less than a second; return None if torch has no oneDNN."""
     if onednn_linear() is None or not torch.backends.mkldnn.is_available():
         return None
     x, weight = torch.randn(ROWS, INSIDE), torch.randn(OUTSIDE, INSIDE)

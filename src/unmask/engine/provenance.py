@@ -31,7 +31,7 @@ def provenance(plan: Plan) -> dict[str, Any]:
 
 
 def provenance_versions() -> dict[str, str]:
-    """Return the versions of this package and of those that affect results."""
+    """Return the versions of this package and of the packages that affect results."""
     found = {}
     for name in ("unmask", "torch", "numpy", "pillow", "simplejpeg", "safetensors"):
         try:

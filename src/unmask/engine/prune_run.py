@@ -1,7 +1,7 @@
 """`unmask prune`: free disk space in a run folder.
 
-Removes features that probes have cached (they are computed again when needed) and all checkpoints except the newest
-intact ones. Keeps the newest weights, results, pictures and logs.
+Features that probes have cached (they are computed again when needed) and all checkpoints except the newest intact ones
+are removed. The newest weights, results, pictures and logs stay.
 """
 
 from __future__ import annotations
@@ -20,7 +20,10 @@ from unmask.run import Run
 
 @dataclass(frozen=True)
 class Removable:
-    """A folder inside a run that is not needed. what: its description for the message. bytes: size on disk."""
+    """A folder inside a run that the run does not need.
+
+    what: description of the folder for the message. bytes: size on disk.
+    """
 
     path: str
     what: str
@@ -30,8 +33,8 @@ class Removable:
 def prune_run(path: Path, *, keep_checkpoints: int, dry_run: bool, console: Console) -> dict[str, Any]:
     """Remove the folders that a run does not need, or only list them, and return the list.
 
-    keep_checkpoints: number of newest intact checkpoints to keep, at least 1. Raises RunInUse during training, and
-    UserError, without removing anything, if the run has no intact checkpoint.
+    keep_checkpoints: number of newest intact checkpoints to keep, at least 1. If the run is being trained, this raises
+    RunInUse; if it has no intact checkpoint, this raises UserError. Nothing is removed in either case.
     """
     if keep_checkpoints < 1:
         raise UserError(f"got --keep-checkpoints {keep_checkpoints}; expected 1 or more: a run needs its weights")
@@ -57,7 +60,8 @@ def _stored_features(run: Run) -> list[Removable]:
 def _old_checkpoints(run: Run, keep: int) -> list[Removable]:
     """Return all checkpoints except the `keep` newest intact ones.
 
-    Of the checkpoints that were renamed to .corrupt, only damaged ones are returned; intact ones belong to another run.
+    Checkpoints that were renamed to .corrupt are returned only if they are damaged; intact ones among them belong to
+    another run.
     """
     sound: list[Path] = []
     for _, path in checkpoint.steps_on_disk(run):
@@ -87,7 +91,7 @@ def _is_foreign(folder: Path) -> bool:
 
 
 def _awaits_resume(folder: Path) -> bool:
-    """Return whether this is the only copy of a checkpoint, because of a crash while its step was written again."""
+    """Return whether this folder is the only copy of its step, because a crash interrupted rewriting it."""
     return folder.suffix == checkpoint.REPLACED and not folder.with_suffix("").exists()
 
 

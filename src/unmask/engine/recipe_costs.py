@@ -178,8 +178,8 @@ def print_costs(found: dict[str, Any], console: Console) -> None:
     if "training_with_idle_work" in flops:
         idle = flops["training_with_idle_work"]
         console.print(
-            f"  training with the published code takes {_billions(idle)} GFLOPs, {idle / flops['training']:.3f} x as many: "
-            "it also embeds hidden patches and predicts visible patches"
+            f"  training with the published code takes {_billions(idle)} GFLOPs, {idle / flops['training']:.3f} x: it "
+            "also embeds hidden patches and predicts visible patches"
         )
     if share:
         console.print(

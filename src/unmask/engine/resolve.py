@@ -36,7 +36,7 @@ def reject_two_sources_of_settings(recipe: str, from_run: str | Path | None) -> 
 
 
 def config_of_run(path: str | Path) -> Config:
-    """Return the settings of a run (its folder, or its config.json) for a run on other images.
+    """Return the settings of a run, given by its folder or config.json, for a run on other images.
 
     If the run had a time budget, its number of steps is read from its plan. Raises RunError, ConfigError.
     """
@@ -69,8 +69,8 @@ def settings_with_options(
 ) -> list[str]:
     """Return `settings`, preceded by the settings that --tokenizer, --palette and --masks imply.
 
-    base: configuration to use in place of the recipe's. weights: whether it includes weights (--from). Raises
-    ConfigError if an option contradicts a setting, or would be ignored.
+    base: configuration to use in place of a recipe (None: use the recipe). weights: whether `base` has weights
+    (--from). Raises ConfigError if an option contradicts a setting, or if an option would be ignored.
     """
     if "graft" in parse(settings) and (weights or tokenizer is not None):
         option = "--from" if weights else "--tokenizer"
@@ -100,8 +100,8 @@ def resolve_config(
 ) -> Config:
     """Return `base`, overridden by the proposals of `auto` and then by `settings`, for the images of `source`.
 
-    For the length of the training, a budget overrides everything, and epochs in `settings` override steps of `base` or
-    of a proposal. Raises ConfigError for a setting that is invalid, or that would be ignored.
+    A time budget overrides all settings of the length of the training, and epochs in `settings` override steps of
+    `base` or of a proposal. Raises ConfigError for a setting that is invalid or would be ignored.
     """
     asked = parse(settings)
     reject_conflicts(asked, budget)
@@ -147,9 +147,11 @@ def reject_conflicts(asked: dict[str, Any], budget: object) -> None:
 
 
 def draft_config(base: Config | None, recipe: str, settings: list[str], budget: Budget | None) -> Config:
-    """Return the configuration before the images are known, and check that sizes, patches, heads and ratios fit.
+    """Return the configuration before the images are known, and check that sizes, patches, heads and ratios are
+    compatible.
 
-    For `auto`, the settings must fit at least one of the recipes that it chooses from. Raises ConfigError.
+    For the recipe `auto`, the settings must fit at least one of the recipes that `auto` chooses from. Raises
+    ConfigError.
     """
     if base is not None or recipe != "auto":
         config = resolve_config(base or catalogue.find(recipe), settings, budget=budget)
@@ -169,7 +171,7 @@ def draft_config(base: Config | None, recipe: str, settings: list[str], budget: 
 
 
 def _fit_size_and_patch(config: Config, settings: list[str]) -> Config:
-    """If only one of image size and patch was set, return `config` with the other one chosen to fit."""
+    """Return `config` with a fitting image size if only the patch was set, and vice versa."""
     asked = parse(settings)
     if "data.size" in asked and "method.encoder.patch" not in asked:
         divisors = [side for side in range(2, 17) if all(length % side == 0 for length in config.data.size)]
@@ -181,7 +183,7 @@ def _fit_size_and_patch(config: Config, settings: list[str]) -> Config:
 
 
 def reject_supervised(config: Config, from_run: str | Path | None) -> None:
-    """Raise ConfigError for a method that cannot pre-train: a supervised one, or an imported encoder."""
+    """Raise ConfigError for a method that cannot pre-train: a supervised method, or an imported encoder."""
     if config.method.name == ENCODER:
         raise ConfigError(
             "got the settings of an imported encoder, which has no training task; expected those of a pre-training "
@@ -221,7 +223,7 @@ def require_statistics(channels: int, mean: tuple[float, ...], std: tuple[float,
 
 
 def reject_absurd_batch(config: Config, num_images: int) -> None:
-    """Reject batch sizes far above the data set size: almost certainly a typo. Raises ConfigError."""
+    """Reject batch sizes far above the data set size, which are almost certainly typing errors. Raises ConfigError."""
     batch = config.train.batch_size
     if batch > MOST_EPOCHS_A_STEP * num_images:
         raise ConfigError(
@@ -231,7 +233,10 @@ def reject_absurd_batch(config: Config, num_images: int) -> None:
 
 
 def reject_absurd_size(config: Config) -> None:
-    """Reject a number of patches that does not fit in any memory: almost certainly a typo. Raises ConfigError."""
+    """Reject numbers of patches that do not fit in any memory, which are almost certainly typing errors.
+
+    Raises ConfigError.
+    """
     height, width = config.data.size
     patch = config.method.model_dump().get("encoder", {}).get("patch") or (1, 1)
     patches = (height // patch[0]) * (width // patch[1])
@@ -266,14 +271,17 @@ def choose_config(
 def config_by_name(
     source: Source, found: Scan, recipe: str, settings: list[str], *, budget: Budget | None
 ) -> tuple[Config, tuple[str, ...], list[str]]:
-    """Like `choose_config` for a named recipe. Size and patch are chosen from the images unless one is set."""
+    """Return the result of `choose_config` for a named recipe.
+
+    Image size and patch size are chosen for the images unless one of them is set.
+    """
     plain = resolve_config(catalogue.find(recipe), settings, budget=budget, source=source)
     if not set(SIZE_KEYS) & set(parse(settings)):
         for proposals in candidates(recipe, found.median_size):
             try:
                 config = resolve_config(plain, proposals, budget=budget, source=source)
                 require_method(config)
-            except UserError:  # for example, the mask needs larger cells
+            except UserError:  # for example, the method's patch masks need a multiple of more patches
                 continue
             reason = f"{' '.join(proposals)}: chosen for the images; recipe {recipe} has no fixed size"
             return config, (reason,), proposals

@@ -1,4 +1,4 @@
-"""Run the training loop, and record in the run how it ended."""
+"""Run the training loop, and record in the run whether training finished, was stopped or failed."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ from unmask.run import STATUS, Run
 
 
 def train_and_record(inputs: TrainingInputs, supervise: Supervise | None = None) -> None:
-    """Run the training loop, write the result of a supervised run, and record how it ended.
+    """Run the training loop, write the result of a supervised run, and record whether it finished, was stopped or
+    failed.
 
-    The status "finished" is recorded last. A run that is interrupted outside the loop is "stopped", not "failed".
-    Raises the errors of the loop.
+    The status "finished" is recorded last. A run that is interrupted outside the loop is recorded as "stopped", not
+    "failed". Errors of the loop are raised again.
     """
     run, plan, images, console, began = inputs.run, inputs.plan, inputs.images, inputs.console, now()
     try:
@@ -41,7 +42,7 @@ def train_and_record(inputs: TrainingInputs, supervise: Supervise | None = None)
     elapsed = now() - began
     total = max(elapsed, status.seconds)
     record_state(run, state, console, total=status.steps or plan.steps, seconds=total)
-    time = duration(total) + (f" ({duration(elapsed)} of it since it was resumed)" if total > elapsed + 1 else "")
+    time = duration(total) + (f" ({duration(elapsed)} since it was resumed)" if total > elapsed + 1 else "")
     if state == "stopped":
         console.print(f"stopped after {time}")
     else:
@@ -71,7 +72,10 @@ def warn_above_baseline(run: Run, console: Console) -> None:
 def record_state(
     run: Run, state: str, console: Console, *, total: int, seconds: float | None = None, error: str | None = None
 ) -> None:
-    """Write the status. A failure is reported, not raised, because a full disk may have ended the training."""
+    """Write the status.
+
+    If the status cannot be written, for example because a full disk ended the training, this is printed, not raised.
+    """
     for _ in range(2):  # torch's signal handler may raise once more for the same dead loader worker
         try:
             step, so_far = checkpoint.newest_step(run) or 0, run.status().seconds or None

@@ -31,11 +31,11 @@ PICTURE_SAMPLE = 64
 
 @dataclass
 class Samples:
-    """Fixed images that show the progress of training; the same in every run on the same data.
+    """Fixed images that show the progress of training. Every run on the same data uses the same images.
 
-    pictures: training images for the pictures and for the comparison with baselines. held_out: images that are not used
-    for training, or None if there are none. losses: the newest numbers for the progress line: the loss on the held-out
-    images, and the best baseline that uses visible patches only.
+    pictures: training images for the pictures and for the comparison with baselines. held_out: images that are held out
+    of training, or None. losses: numbers for the progress line: the newest loss on the held-out images, and the loss of
+    the best baseline that uses visible patches only.
     """
 
     pictures: Batch
@@ -54,14 +54,14 @@ def evenly_spaced(rows: np.ndarray, count: int) -> np.ndarray:
 
 
 def fixed_images(images: ImageReader, plan: Plan, rows: np.ndarray) -> Batch:
-    """Load images without augmentation onto the device of `plan`. Unreadable images are skipped.
+    """Load images without augmentation onto the device of `plan`, without those that are unreadable.
 
     Raises TrainingFailed if none can be read.
     """
     fixed = replace(images, training=False)
     drawn: list[Batch] = []
     for row in rows:
-        with suppress(BadImage):  # the training loop replaces and records unreadable images
+        with suppress(BadImage):  # the training loop itself records unreadable images and replaces them
             drawn.append(fixed[SampleIndices(np.array([row]), np.zeros(1, np.int64))].batch)
     if not drawn:
         raise TrainingFailed(f"none of {len(rows)} images of {images.source.name} can be read; restore them and resume")
@@ -72,8 +72,8 @@ def fixed_images(images: ImageReader, plan: Plan, rows: np.ndarray) -> Batch:
 def draw_and_score(job: Job, samples: Samples, at: Position, stop: StopRequest) -> None:
     """Draw a picture of the method's predictions, and record its loss and those of baselines on the same images.
 
-    evals/baselines.json contains the baselines by name, and one [step, loss] pair per call in "losses" and in
-    "held_out_losses". Raises StopRequested before anything is written.
+    The losses of the baselines, by name, are written to evals/baselines.json, with one [step, loss] pair per call in
+    "losses" and in "held_out_losses". Raises StopRequested before anything is written.
     """
     plan, train, sample = job.plan, job.config.train, samples.pictures
     clock = plan.clock(at.step, Draws(train.seed, sample.epoch, sample.index))
@@ -112,7 +112,7 @@ def _append_loss(before: dict[str, Any], key: str, step: int, loss: float) -> li
 
 
 def mean_loss(job: Job, batch: Batch, at: Position) -> float:
-    """Return the mean loss of the method in evaluation mode; the patch masks are the same at every step."""
+    """Return the mean loss of the method in evaluation mode, with the same patch masks at every step of training."""
     plan, total = job.plan, torch.zeros((), device=job.plan.device)
     for start in range(0, len(batch), plan.micro_batch):
         part = batch[start : start + plan.micro_batch]

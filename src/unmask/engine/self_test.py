@@ -40,7 +40,7 @@ SELF_TEST = (
 
 
 def run_self_test(console: Console) -> tuple[bool, dict[str, Any]]:
-    """Print the information for a bug report and test the installation; return (whether all tests pass, summary)."""
+    """Print the information for a bug report and test the installation; return (True if all tests pass, summary)."""
     device = choose_device("auto")
     precision, why = choose_precision("auto", device)
     summary: dict[str, Any] = {

@@ -14,7 +14,7 @@ from unmask.engine.job import Job, Position, report_failure
 from unmask.errors import LoadingFailed, TrainingFailed
 from unmask.run import Run
 
-ENDLESS = 1 << 40  # number of micro-batches with a time budget, because the last step is not known
+ENDLESS = 1 << 40  # upper limit of the number of micro-batches with a time budget, where the last step is not known
 
 
 def open_stream(job: Job, at: Position, guard: Guard) -> Generator[Batch, None, None]:
@@ -46,7 +46,7 @@ def open_stream(job: Job, at: Position, guard: Guard) -> Generator[Batch, None, 
 
 @contextmanager
 def loading_failures(run: Run) -> Iterator[None]:
-    """Context manager that raises TrainingFailed for a dead or stalled loader worker and for missing data."""
+    """Context manager that raises TrainingFailed if a loader worker dies or stalls, or if data are missing."""
     try:
         yield
     except BadImage as error:
@@ -54,12 +54,12 @@ def loading_failures(run: Run) -> Iterator[None]:
     except LoadingFailed as error:
         raise TrainingFailed(
             f"loading images stopped: {error}. `unmask resume {run.path}` continues from the last checkpoint. To find "
-            f"the cause, first run `unmask set {run.path} data.workers=0`, so that the main process reads the files"
+            f"the cause, run `unmask set {run.path} data.workers=0` first, so that the main process reads the files"
         ) from error
 
 
 def quarantine(job: Job, delivery: LoadedBatch, at: Position) -> None:
-    """Record files that have become unreadable since the scan in quarantine.jsonl, once each.
+    """Record each file that has become unreadable since the scan once, in quarantine.jsonl.
 
     Raises TrainingFailed if they are more than `data.max_bad_fraction` of the images.
     """

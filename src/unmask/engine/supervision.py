@@ -19,7 +19,7 @@ from unmask.run import Run
 class Evaluator(Protocol):
     """Evaluates a supervised method on its test images.
 
-    Both functions are called with the method in evaluation mode and without gradients.
+    The caller switches the method to evaluation mode and disables gradients.
     """
 
     def __call__(self, method: Method) -> dict[str, float]:
@@ -27,15 +27,16 @@ class Evaluator(Protocol):
         ...
 
     def estimate_seconds(self, method: Method) -> float:
-        """Return how long one evaluation takes, estimated from a few images."""
+        """Estimate the seconds of one evaluation from a few images."""
         ...
 
 
 class Supervision(NamedTuple):
-    """The annotations, evaluator and result of a supervised run.
+    """The parts of the training loop that only supervised runs have.
 
     annotations: segmentation masks or boxes, or None for class labels. evaluator: evaluates the method on the test
-    images. write_result: evaluates the final weights and writes the result; the run is finished only after it.
+    images. write_result: function that evaluates the final weights and writes the result; the run is finished only
+    after this call.
     """
 
     annotations: Annotations | None

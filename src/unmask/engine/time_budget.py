@@ -18,12 +18,15 @@ from pydantic import Field
 from unmask.errors import UserError
 from unmask.settings import Settings
 
-FEWEST_STEPS = 5  # A budget for fewer steps is rejected.
-USEFUL_STEPS = 100  # For fewer steps, a warning reports the time that this many would take.
-AIM = 0.96  # Share of the budget after which the command should be done.
-LATE, EARLY = 0.015, 0.03  # Shares of the budget: a forecast later or earlier than this changes the number of steps.
-LOOK = 0.01  # Share of the budget between two decisions.
-WINDOW = 0.15  # Share of the budget over which speed is measured, limited to half of the time left.
+FEWEST_STEPS = 5  # A budget that allows fewer steps is rejected.
+USEFUL_STEPS = 100  # If a budget allows fewer steps, a warning states the time that these would take.
+AIM = 0.96  # Share of the budget that the command should take.
+LATE, EARLY = (
+    0.015,
+    0.03,
+)  # Shares of the budget by which the forecast may be late or early.
+LOOK = 0.01  # Time between two decisions, as a share of the budget.
+WINDOW = 0.15  # Time over which speed is measured, as a share of the budget; at most half of the time left.
 ASIDE_SHARE = 0.2  # Maximum share of the budget for evaluations and pictures.
 
 
@@ -31,13 +34,13 @@ clock = time.monotonic
 
 
 def now() -> float:
-    """Return seconds on a clock that never goes back."""
+    """Return the seconds of a clock that never goes back."""
     return clock()
 
 
 @dataclass(frozen=True)
 class Budget:
-    """Seconds that a whole command may take. began: its start, on the clock of `now`."""
+    """Seconds that a whole command may take. began: start of the command, on the clock of `now`."""
 
     seconds: float
     began: float = field(default_factory=now)
@@ -48,7 +51,7 @@ class Budget:
 
 
 def seconds_of(text: str) -> float:
-    """Parse a time such as '30m', '2h', '90s' or '1.5h' to seconds. Raises UserError for other text."""
+    """Parse a time such as '30m', '2h', '90s' or '1.5h' to seconds. Raises UserError if the text is not such a time."""
     units = {"s": 1, "m": 60, "h": 3600, "d": 86400}
     try:
         value = float(text[:-1]) * units[text[-1:].lower()]
@@ -62,7 +65,7 @@ def seconds_of(text: str) -> float:
 
 
 def as_budget(budget: float | str | Budget | None) -> Budget | None:
-    """Convert seconds, or a time such as '30m', to a budget that begins now. Return a Budget or None unchanged."""
+    """Convert seconds, or a time such as '30m', to a Budget that begins now. A Budget or None is returned unchanged."""
     if budget is None or isinstance(budget, Budget):
         return budget
     return Budget(seconds_of(budget) if isinstance(budget, str) else budget)
@@ -77,7 +80,7 @@ class Replan(Settings):
 
 
 def require_order(replans: Sequence[Replan], steps: int) -> None:
-    """Raise ValueError unless `replans` are in order, each continues the one before, and the last leads to `steps`."""
+    """Raise ValueError unless `replans` are in order, each continues the one before, and the last sets `steps`."""
     last, total = -1, replans[0].before if replans else steps
     for replan in replans:
         if not (last < replan.step < min(replan.before, replan.steps) and replan.before == total):
@@ -90,7 +93,8 @@ def require_order(replans: Sequence[Replan], steps: int) -> None:
 def place(step: int, replans: Sequence[Replan]) -> float:
     """Map `step` to the corresponding (fractional) step of the original schedule.
 
-    Each replan keeps the position reached so far, and spreads the rest of the schedule over the remaining steps.
+    Each replan keeps the position in the schedule that was reached before, and spreads the rest of the schedule over
+    the remaining steps.
     """
     first = replans[0].before
     reached, begins, total = 0.0, 0, first
@@ -123,11 +127,11 @@ class Pacer:
         return now() - self._began
 
     def due(self) -> bool:
-        """Return whether it is time for the next decision."""
+        """Return whether it is time to decide again about the number of steps."""
         return self.used() - self._looked >= LOOK * self.budget
 
     def expect(self, kind: str, seconds: float) -> None:
-        """Set the expected time of one `kind` of interruption, until it has been measured."""
+        """Set the seconds that interruptions of this `kind` are expected to take, until one has been measured."""
         self._costs[kind] = seconds
 
     @contextmanager
@@ -144,7 +148,7 @@ class Pacer:
         return self._costs.get(kind, 0.0)
 
     def affords(self, kind: str, closing: float) -> bool:
-        """Return whether one more optional interruption leaves most of the budget for training.
+        """Return whether most of the budget is left for training if there is one more interruption of this `kind`.
 
         closing: seconds needed after the last step.
         """
@@ -152,7 +156,7 @@ class Pacer:
         return self._spent + self.cost(kind) + closing <= most
 
     def restart(self, step: int) -> None:
-        """Measure the time per step from now on, with `step` steps done."""
+        """Start measuring the time per step now, when `step` steps are done."""
         self._marks.clear()
         self._marks.append((self.used() - self._spent, step))
 
@@ -164,9 +168,10 @@ class Pacer:
         return (end - start) / (last - first)
 
     def steps(self, step: int, total: int, rest: float) -> int:
-        """Return how many steps the run should have, with `step` of `total` done; `total` while it fits the budget.
+        """Return how many steps the run should have in all, or `total` if that still fits the budget.
 
-        rest: seconds of the remaining interruptions and of the work after the last step.
+        step, total: number of steps done and planned. rest: seconds of the remaining interruptions and of the work
+        after the last step.
         """
         used = self.used()
         trained = used - self._spent

@@ -1,7 +1,8 @@
 """The `Plan`: values that are derived once from a `Config`, printed, and stored beside it.
 
-Config, scan result, device and time budget determine the total and warm-up steps, the micro-batch and accumulation, the
-peak learning rate and the precision. A resumed run reads its plan and does not make a new one.
+The configuration, the scan, the device and the time budget determine the number of steps and of warm-up steps, the
+micro-batch and the number of micro-batches per step, the peak learning rate and the precision. A resumed run reads its
+plan and does not make a new one.
 """
 
 from __future__ import annotations
@@ -25,13 +26,13 @@ class Plan(Settings):
 
     fingerprint: digest of the names and sizes of the files. excluded: rows of the source that are not used for
     training. test_rows: excluded rows on which a supervised run is evaluated. held_out: excluded rows for the held-out
-    loss of a pre-training run. test_every: steps between evaluations; 0: only at the end. taught: digest of the
-    segmentation masks or boxes used for training, and of the test images. reading: how to decode image files. budget:
-    seconds for the whole command, or None if the length was set. startup: seconds of it used before the run began.
-    replans: changes of `steps` during training, which a resumed run repeats. `steps` is the current number, while
-    warmup_steps, picture_every and test_every refer to the original number of steps. reasons: why each choice was made,
-    as sentences. earlier: the plan that applies before step `since`, at which `unmask set` changed the schedule. From
-    there the learning rate changes linearly, over `ramp` steps, from `from_lr` to the new curve.
+    loss of a pre-training run. test_every: steps between evaluations; 0 evaluates only at the end. taught: digest of
+    the segmentation masks or boxes used for training, and of the test images. reading: how to decode image files.
+    budget: seconds for the whole command, or None if there is no time budget. startup: seconds of the budget that were
+    used before the run began. replans: changes of `steps` during training, which a resumed run repeats. steps: the
+    current number of steps; warmup_steps, picture_every and test_every refer to the original number. reasons: sentences
+    that explain the choices. earlier: the plan that applies before step `since`, at which `unmask set` changed the
+    schedule. From this step on, the learning rate changes linearly, over `ramp` steps, from `from_lr` to the new curve.
     """
 
     steps: int
@@ -74,11 +75,11 @@ class Plan(Settings):
 
     @property
     def first_steps(self) -> int:
-        """The original number of steps."""
+        """The number of steps that was planned at first."""
         return self.replans[0].before if self.replans else self.steps
 
     def place(self, step: int) -> float:
-        """Map `step` to the original schedule; `step` itself if the number of steps never changed."""
+        """Map `step` to a step of the original schedule. Both are equal if the number of steps never changed."""
         return place(step, self.replans) if self.replans else step
 
     def lr(self, step: int) -> float:
