@@ -1,7 +1,7 @@
 """Errors that users can act on: the command line prints their message as one line, without a traceback.
 
-Any other exception is a bug in this package and keeps its traceback. Messages state what was found, what is expected,
-and what to do.
+Any other exception is a bug in this package and keeps its traceback. A message states what was found, what was
+expected, and how to correct it.
 """
 
 from __future__ import annotations
@@ -13,24 +13,27 @@ from pathlib import Path
 
 
 class UserError(ValueError):
-    """The input is wrong, and the user can correct it. The command line exits with code 2."""
+    """Raised for input that the user can correct. The command line exits with code 2."""
 
 
 class ForeignError(UserError):
-    """Weights are of an unknown kind or incomplete; the message names tensors."""
+    """Raised for weights that are of an unknown kind or incomplete; the message names tensors."""
 
 
 class SourceError(UserError):
-    """DATA cannot be opened."""
+    """Raised if DATA cannot be opened."""
 
 
 class TrainingFailed(RuntimeError):
-    """Training cannot continue. The run keeps its last good checkpoint; the command line exits with code 1."""
+    """Training cannot continue.
+
+    Raised if training fails. The run keeps its last good checkpoint, and the command line exits with code 1.
+    """
 
 
 @contextmanager
 def name_in_errors(path: Path) -> Iterator[None]:
-    """Context manager that adds the file's name to an OSError that has none.
+    """Context manager that adds the file's name to an OSError without a file name.
 
     `write` and `fsync` raise such errors when the disk is full.
     """
@@ -43,21 +46,21 @@ def name_in_errors(path: Path) -> Iterator[None]:
 
 
 class LoadingFailed(TrainingFailed):
-    """The loader returns no more images: a worker died, or no image has arrived for too long."""
+    """Raised if the loader returns no more images, because a worker died or no image has arrived for too long."""
 
 
 def listed(names: Iterable[str], count: int = 5, between: str = ", ") -> str:
-    """Return the first `count` names for a message: 'a, b, c and 4 more'."""
+    """Return the first `count` names and the number of the others, such as 'a, b, c and 4 more'."""
     names = list(names)
     more = f" and {len(names) - count} more" if len(names) > count else ""
     return between.join(names[:count]) + more
 
 
 def nearest(wrong: str, names: Iterable[str], aliases: Mapping[str, Sequence[str]] | None = None) -> str:
-    """Return 'did you mean a or b?', or the list of all names if none is similar.
+    """Return 'did you mean a or b?', or the list of all names if none of them is similar to `wrong`.
 
-    names: may be dotted, as the keys of settings; their last parts are compared as well. aliases: names that other
-    libraries use, with the names meant here.
+    names: accepted names; of dotted names, such as the keys of settings, the last part is compared as well. aliases:
+    names that other libraries use, with the corresponding accepted names.
     """
     names = list(names)
     leaves = {name.split(".")[-1]: name for name in names}

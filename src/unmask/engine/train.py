@@ -1,17 +1,18 @@
 """The training loop for any `Method`. Read it from top to bottom: `train`, `Loop.run`, `step`.
 
-The state of the training is its `Position`: optimiser steps done and samples consumed. All random draws depend on it
-(see `rng.py`), so a checkpoint only contains weights, optimiser state and these numbers, and a resumed run is
-bit-identical to an uninterrupted one on the same device. Methods are in `methods/`, and the plan of a run is in
-`engine/training_plan.py`.
+The state of the training is its `Position`: the numbers of optimiser steps done and of samples used. All random draws
+depend on the position (see `rng.py`), so a checkpoint only contains weights, optimiser state and these numbers, and a
+resumed run is bit-identical to an uninterrupted run on the same device. Methods are in `methods/`, and the plan of a
+run is in `engine/training_plan.py`.
 
 The host does not wait for the device at every step: it reads the loss of a step only to log, draw, evaluate or save. A
-step with non-finite numbers leaves the weights unchanged whether or not the host has read it, and rollbacks are counted
-from the step with these numbers. So the result does not depend on when the host reads. (A rollback returns to the
-newest checkpoint, whose step may depend on the clock: after a rollback, two runs may differ.)
+step with non-finite numbers leaves the weights unchanged, whether or not the host has read it, and a rollback depends
+on the number of the failed step, not on when the host notices it. So the result does not depend on when the host reads.
+(A rollback returns to the newest checkpoint, whose step may depend on the time, so two runs may differ after a
+rollback.)
 
-With a time budget the number of steps is adapted to the speed (`engine/time_budget.py`). It changes at logged steps
-only, and is written to plan.json before it takes effect, so a resumed run repeats all steps exactly.
+With a time budget the number of steps is adapted to the speed (`engine/time_budget.py`). The number changes at logged
+steps only, and is written to plan.json before the change takes effect, so a resumed run repeats all steps exactly.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ from unmask.system.stop_requests import StopRequest, StopRequested, stop_request
 
 MOST_FAILED_SAVES = 5
 MOST_UNREAD_STEPS = 32
-REPORTED_CHANGE = 1.2  # report the number of steps when it has changed by this factor
+REPORTED_CHANGE = 1.2  # print the number of steps when it has changed by this factor
 
 Outcome = Literal["finished", "stopped"]
 
@@ -79,8 +80,8 @@ def train(inputs: TrainingInputs) -> Outcome:
     """Train to the last step of the plan, or until a signal requests a stop.
 
     Continues from the newest intact checkpoint of the run if there is one. If a file other than a checkpoint cannot be
-    written, that is reported once and training continues. The caller records "finished", because it may have more to
-    do. Raises TrainingFailed.
+    written, the error is reported once and training continues. The caller records the state "finished", because the
+    result of a supervised run is written after this call. Raises TrainingFailed.
     """
     run, plan, stopwatch = inputs.run, inputs.plan, Stopwatch(inputs.run, inputs.began)
     with (
@@ -92,7 +93,7 @@ def train(inputs: TrainingInputs) -> Outcome:
         try:
             loop = Loop.start(inputs, stop, guard, stopwatch)
             loop.run()
-        except StopRequested:  # the state may be incomplete here, so the run stops at its last checkpoint
+        except StopRequested:  # the update may be incomplete, so the last checkpoint counts
             record_stop(run, plan, checkpoint.newest_step(run) or 0, stopwatch)
             return "stopped"
     return loop.finish()
@@ -100,7 +101,7 @@ def train(inputs: TrainingInputs) -> Outcome:
 
 @dataclass(frozen=True)
 class Due:
-    """Actions that are due after a step. read: wait for the device, even if nothing else is due."""
+    """Actions that are due after a step. read: whether to wait for the device, even if nothing else is due."""
 
     log: bool
     picture: bool
@@ -203,7 +204,7 @@ class Loop:
             self.stream.close()  # ends the loader's workers
 
     def repeat_interrupted_evaluation(self) -> None:
-        """Evaluate before the first step if the run was stopped during an evaluation. Raises StopRequested."""
+        """Repeat the evaluation during which the run was stopped, if any. Raises StopRequested."""
         if self.evaluator is None or not evaluation_missing(self.job, self.position):
             return
         if affordable(self.job, self.pacer, "evaluation", self.position):
@@ -211,7 +212,7 @@ class Loop:
                 evaluate(self.job, self.evaluator, self.position, self.stop)
 
     def take_step(self) -> None:
-        """Launch one optimiser step, unless a stop is requested while it waits for data.
+        """Launch one optimiser step, unless a stop is requested during the wait for its data.
 
         Raises StopRequested for a stop request while torch.compile runs, which may interrupt the update.
         """
@@ -246,7 +247,7 @@ class Loop:
         )
 
     def read_steps(self) -> tuple[dict[str, float], Step | None]:
-        """Wait for the device; see `read`."""
+        """Wait for the device and check the steps since the last call; see `read`."""
         if not self.unread:
             return {}, None
         with self.guard.step(self.position.step):
@@ -279,7 +280,7 @@ class Loop:
         return "  ".join([epochs, ", ".join(losses), self.pace.text(consumed), so_far])
 
     def draw_and_evaluate(self, now: Due) -> bool:
-        """Draw and evaluate if that is due; return whether a stop request interrupted it."""
+        """Draw a picture and evaluate if that is due; return whether a stop request interrupted this."""
         job, at = self.job, self.position
         try:
             if now.picture and affordable(job, self.pacer, "picture", at):
@@ -294,7 +295,7 @@ class Loop:
         return False
 
     def save(self) -> None:
-        """Write a checkpoint. Raises TrainingFailed if several in a row could not be written."""
+        """Write a checkpoint. Raises TrainingFailed if several checkpoints in a row could not be written."""
         run = self.job.run
         with self.pacer.aside("save"):
             reason = save(self.job, self.position, self.stopwatch)
@@ -319,7 +320,7 @@ class Loop:
             )
 
     def finish(self) -> Outcome:
-        """Check that the last weights are saved, and record a stop. Raises TrainingFailed, RunGone."""
+        """Check that the last weights are saved, and record a stop in the status. Raises TrainingFailed, RunGone."""
         run, plan, at, console = self.job.run, self.job.plan, self.position, self.job.console
         with report_failure(self.job, run.metrics_file):
             if skipped := sum("skipped" in row for row in run.metrics()):
@@ -341,8 +342,8 @@ class Loop:
 def step(job: Job, stream: Iterator[Batch], at: Position) -> Step:
     """Launch one optimiser step over `plan.accumulation` micro-batches from position `at`, which is not modified.
 
-    If the mean loss or the gradient is not finite, the device leaves weights and optimiser state unchanged; `read`
-    reports it.
+    If the mean loss or the gradient is not finite, the device leaves weights and optimiser state unchanged, and `read`
+    reports the step later.
     """
     plan, seed = job.plan, job.config.train.seed
     waited, rows, total, logs = 0.0, [], torch.zeros((), device=plan.device), dict[str, Tensor]()
@@ -381,9 +382,9 @@ def step(job: Job, stream: Iterator[Batch], at: Position) -> Step:
 def read(job: Job, unread: list[Step], at: Position) -> tuple[dict[str, float], Step | None]:
     """Wait for the device and check the steps since the last call; return (numbers of the newest step, fault).
 
-    fault: the step that requires a rollback, because too many in a row were non-finite (None: no rollback). Later steps
-    are then not checked, because the rollback undoes them. The images of skipped steps are recorded in metrics.jsonl
-    and faults.jsonl.
+    fault: the step that requires a rollback, because too many steps in a row were non-finite (None: no rollback). Later
+    steps are then not checked, because the rollback undoes them. The images of skipped steps are recorded in
+    metrics.jsonl and faults.jsonl.
     """
     found = torch.stack([torch.stack([taken.loss, taken.norm]) for taken in unread]).tolist()
     for taken, (loss, norm) in zip(unread, found, strict=True):
@@ -417,6 +418,6 @@ def compile_or_explain(job: Job) -> None:
     if reason := why_not_compiled(job.plan.device):
         job.console.warn(f"torch.compile does not work here ({reason}); training continues without train.compile")
     elif compile_blocks(job.method):
-        job.console.print("compiling the transformer blocks: the first step takes up to a minute more")
+        job.console.print("compiling the transformer blocks: the first step takes up to a minute longer")
     else:
         job.console.warn(f"train.compile has no effect: {job.config.method.name} has no transformer blocks to compile")

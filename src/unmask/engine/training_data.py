@@ -27,21 +27,21 @@ from unmask.engine.training_plan import Plan
 from unmask.errors import UserError
 
 NAMED_BAD_FILES = 5
-ENOUGH_TO_HOLD_OUT = 1_000  # images; smaller data sets are used for training as a whole
+ENOUGH_TO_HOLD_OUT = 1_000  # number of images; in smaller data sets, all images are used for training
 FEWEST_HELD_OUT, MOST_HELD_OUT = 64, 256
 LOADED_PARTS = 3  # number of parts of the images that are loaded to measure the loading time
 
 
 class DataError(UserError):
-    """The images cannot be used for training."""
+    """Raised if the images cannot be used for training."""
 
 
 @dataclass(frozen=True)
 class TrainingRequest:
-    """The inputs of `make_plan`: images, their scan, and the resolved settings.
+    """The inputs of `prepare_images`: images, their scan, and the resolved settings.
 
-    scan: scan of `source`. budget: None if the settings determine the length. reasons: why the settings were chosen, as
-    sentences. supervised: None for pre-training.
+    scan: scan of `source`. budget: time budget, or None if the settings determine the length. reasons: sentences that
+    explain why the settings were chosen. supervised: the images of a supervised run, or None for pre-training.
     """
 
     source: Source
@@ -74,7 +74,7 @@ def scan_source(source: Source, draft: Config, console: Console) -> tuple[Source
 
 
 def odd_image_warnings(source: Source, found: Scan) -> list[str]:
-    """Return warnings about images that are probably unintended: masks, or images of a single value."""
+    """Return warnings about images that were probably not meant for training: masks, or images of a single value."""
     constant = [] if found.constant is None else [constant_line(found.constant, found.good)]
     return mask_warnings(source) + constant
 
@@ -109,7 +109,7 @@ def image_spec(found: Scan, config: Config) -> ImageSpec:
 
 
 def prepare_images(request: TrainingRequest) -> tuple[ImageReader, Plan]:
-    """Return the reader of the training images, and the plan. Nothing is written and no image is cached yet."""
+    """Return the reader of the training images, and the plan, before anything is written or cached."""
     source, found, config, split = request.source, request.scan, request.config, request.supervised
     spec, reasons = image_spec(found, config), request.reasons
     excluded = np.union1d(found.bad_rows, [] if split is None else split.held_out).astype(np.int64)
@@ -150,8 +150,8 @@ def prepare_images(request: TrainingRequest) -> tuple[ImageReader, Plan]:
 def held_out_for_loss(rows: np.ndarray, config: Config) -> np.ndarray:
     """Return the rows, sorted, that a pre-training run holds out for its held-out loss.
 
-    rows: (N,) rows available for training. Raises ConfigError if none would be left for training, or if a supervised
-    run would ignore the setting.
+    rows: (N,) rows available for training. Raises ConfigError if no image would be left for training, or if a
+    supervised run would ignore the setting.
     """
     wanted = config.data.held_out
     if config.method.name in task_names():
@@ -167,13 +167,16 @@ def held_out_for_loss(rows: np.ndarray, config: Config) -> np.ndarray:
 
 
 def training_images(source: Source, rows: np.ndarray, spec: ImageSpec, config: Config) -> ImageReader:
-    """Return the reader of `rows`. Raises ConfigError if these images cannot be resampled on the device."""
+    """Return the reader of the images in `rows`.
+
+    Raises ConfigError if they cannot be resampled on the device as requested.
+    """
     data = config.data
     on_device = data.resize == "device"
     if on_device and (spec.dtype != "uint8" or spec.channels not in (1, 3) or data.crop.jitter):
         what = "data.crop.jitter" if data.crop.jitter else f"{spec.dtype} images of {spec.channels} channels"
         raise ConfigError(
-            f"got data.resize=device with {what}; it is for 8-bit gray or RGB images without jitter, use "
+            f"got data.resize=device with {what}; expected 8-bit gray or RGB images without jitter; use "
             "data.resize=loader"
         )
     return ImageReader(
@@ -189,7 +192,10 @@ def training_images(source: Source, rows: np.ndarray, spec: ImageSpec, config: C
 
 
 def batch_seconds(images: ImageReader, batch: int, workers: int, *, cached: bool) -> Timing:
-    """Measure the time to load one global batch, on the first images of the epoch. cached: after caching in memory."""
+    """Measure the time to load one global batch, using the first images of the epoch.
+
+    cached: whether decoded images are cached in memory before.
+    """
     part = max(images.repeats, min(batch, 64) // 2 // images.repeats * images.repeats)
     parts = [Order(images.rows, images.seed, images.repeats).take(n * part, part) for n in range(LOADED_PARTS)]
     if cached:
@@ -205,7 +211,7 @@ def batch_seconds(images: ImageReader, batch: int, workers: int, *, cached: bool
 
 
 def skipped_files(source: Source) -> str:
-    """Return the numbers of skipped and excluded files, by kind, in parentheses, or "" for none."""
+    """Return the numbers of skipped and excluded files, by kind, in parentheses, or "" if there are no such files."""
     excluded = ", ".join(f"{count} by {pattern}" for pattern, count in source.excluded.items())
     text = f" (excluded: {excluded})" if excluded else ""
     if not (skipped := +source.skipped):

@@ -22,7 +22,7 @@ from unmask.run import STATUS, Run, RunGone
 BAD_STEPS_IN_A_ROW = 3
 SKIP_AHEAD_BATCHES = 50
 MOST_ROLLBACKS = 2
-AVERAGE = "/average"  # suffix of averaged parameters among the tensors of the optimiser in a checkpoint
+AVERAGE = "/average"  # suffix of averaged parameters among a checkpoint's optimiser tensors
 
 
 def initialise(job: Job) -> Position:
@@ -42,7 +42,8 @@ def initialise(job: Job) -> Position:
 
 
 def restore(job: Job) -> Position | None:
-    """Load weights, optimiser state and position from the newest intact checkpoint; return None if there is none.
+    """Load weights and optimiser state from the newest intact checkpoint; return its position, or None without a
+    checkpoint.
 
     Raises CheckpointError if all checkpoints are damaged, or if one does not fit the method.
     """
@@ -61,12 +62,15 @@ def restore(job: Job) -> Position | None:
 
 
 def parameter_names(method: Method) -> dict[Tensor, str]:
-    """Return the name of each parameter."""
+    """Return {parameter: its name}."""
     return {parameter: name for name, parameter in method.named_parameters()}
 
 
 def save(job: Job, at: Position, stopwatch: Stopwatch) -> str | None:
-    """Write a checkpoint and the status; return None, or why there is no checkpoint (full disk, non-finite weights)."""
+    """Write a checkpoint and the status; return None, or why no checkpoint was written.
+
+    Reasons are a full disk or non-finite weights.
+    """
     run, method, train = job.run, job.method, job.config.train
     tensors, numbers = optimizer_state.optimizer_to_tensors(job.optimizer, parameter_names(method))
     if job.average is not None:
@@ -87,9 +91,9 @@ def save(job: Job, at: Position, stopwatch: Stopwatch) -> str | None:
 def roll_back(job: Job, fault: Step, at: Position, stopwatch: Stopwatch) -> Position:
     """Return to the newest checkpoint after several bad steps in a row, and skip the data that led to them.
 
-    Raises TrainingFailed after `MOST_ROLLBACKS` rollbacks that did not get training past the same step.
+    Raises TrainingFailed if training has failed at the same step after `MOST_ROLLBACKS` rollbacks.
     """
-    got_past = fault.number - BAD_STEPS_IN_A_ROW >= at.fault_step  # compares the last good step
+    got_past = fault.number - BAD_STEPS_IN_A_ROW >= at.fault_step  # whether steps beyond the last fault were good
     rollbacks = 1 if got_past else at.rollbacks + 1
     if rollbacks > MOST_ROLLBACKS:
         raise TrainingFailed(
@@ -119,13 +123,16 @@ def roll_back(job: Job, fault: Step, at: Position, stopwatch: Stopwatch) -> Posi
 
 
 def record_stop(run: Run, plan: Plan, step: int, stopwatch: Stopwatch) -> None:
-    """Set the status to "stopped". Failures are ignored, because the caller writes it again and reports them."""
+    """Set the status to "stopped".
+
+    Write errors are ignored, because the caller writes the status again and reports errors.
+    """
     with suppress(OSError, UserError, RunGone):
         run.set_status("stopped", step, total=plan.steps, seconds=stopwatch.seconds())
 
 
 def describe_saved(run: Run) -> str:
-    """Return what is saved now, for the message when the process ends at once."""
+    """Return which checkpoint is saved, for the message when the process ends at once."""
     step = checkpoint.newest_step(run)
     if step is None:
         return f"there is no checkpoint yet, and `unmask resume {run.path}` starts from step 0"

@@ -1,11 +1,12 @@
-"""Open the annotations of a supervised run: labels, masks or boxes of images, depending on its task.
+"""Open the annotations of a supervised run: class labels, segmentation masks or boxes, depending on its task.
 
     classes   the sub-folder of each image                classify, linear_probe
     masks     one file per image (`data/annotations/`)    segment
     boxes     COCO's JSON or VOC's XML                     detect
 
 Test images are a held-out fifth of the images, or a separate set. Classifiers use a centre crop, as probes do. For
-masks and boxes, the whole image is resized to the size of the encoder, and predictions are resized to that of the file.
+masks and boxes, the whole image is resized to the encoder's input size, and predictions are resized to the size of the
+file.
 """
 
 from __future__ import annotations
@@ -44,14 +45,14 @@ class AnnotatedImages:
 
     @property
     def place(self) -> str | None:
-        """Return the location of the segmentation masks; None for other tasks."""
+        """The location of the segmentation masks, or None for other tasks."""
         if isinstance(self.annotations, SegmentationMasks):
             return self.annotations.masks.location
         return None
 
     @property
     def labels(self) -> np.ndarray:
-        """Return the class of each image of the source; zeros if the annotations are masks or boxes."""
+        """The class of each image of the source, or zeros if the annotations are masks or boxes."""
         if self.annotations is not None or self.source.labels is None:
             return np.zeros(len(self.source), np.int64)
         return self.source.labels
@@ -61,9 +62,10 @@ class AnnotatedImages:
 class AnnotationOptions:
     """Location of the annotations and options for reading them. Options that do not fit the task are rejected.
 
-    path: location of masks or boxes; None searches beside the images. split: list of images in a VOC folder, for boxes.
-    exclude: patterns of names to leave out, for classes. ignored: ids in masks to ignore. mask_options: other options
-    for reading masks. classes: class names of an existing model, in order; None reads them from the data.
+    path: location of masks or boxes (None: search beside the images). split: for boxes, name of a list of images in a
+    VOC folder. exclude: for classes, patterns of file names to leave out. ignored: ids in masks to ignore.
+    mask_options: other options for reading masks. classes: class names of an existing model, in order (None: read from
+    the data).
     """
 
     path: str | None = None
@@ -85,8 +87,8 @@ def open_annotated(
 ) -> AnnotatedImages:
     """Open images with the annotations of a task.
 
-    only: indices of the images that are needed, None for all. look: read every mask, to report faults. Raises UserError
-    for missing or invalid annotations, and for options that would have no effect.
+    only: indices of the images that are needed (None: all). look: whether to read every mask, to report faults. Raises
+    UserError for missing or invalid annotations, and for options that would have no effect.
     """
     options, kind = options or AnnotationOptions(), task_class(task).annotation
     if options.split is not None and kind != "boxes":
@@ -136,7 +138,7 @@ def _open_classes(
 
 
 def annotations_of(task: str, data: str, annotations: str | None, annotated: AnnotatedImages) -> str | None:
-    """Return the location of the annotations, so that a resumed run opens the same."""
+    """Return the location of the annotations, which a resumed run opens again."""
     if task_class(task).annotation == "boxes":
         return str(find_files(Path(data), None if annotations is None else Path(annotations))[1])
     return annotated.place
@@ -145,10 +147,10 @@ def annotations_of(task: str, data: str, annotations: str | None, annotated: Ann
 def split_rows(
     annotated: AnnotatedImages, shots: int | None, *, hold: bool, seed: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return indices of (training images, test images). hold: hold out a fifth for the test.
+    """Return indices of (training images, test images).
 
-    shots: labels per class (for masks and boxes: number of images), None for all. A probe with the same seed uses the
-    same fifth and the same shots.
+    hold: whether to hold out a fifth of the images for the test. shots: number of labels per class, or number of images
+    for masks and boxes (None: all). A probe with the same seed holds out the same images and chooses the same labels.
     """
     labels, rows, held = annotated.labels, annotated.rows, np.zeros(0, np.int64)
     if hold:
@@ -169,7 +171,7 @@ def split_rows(
 
 
 def options_of(config: Config, *, test: bool = False) -> AnnotationOptions:
-    """Return the annotation options of a run, or of its separate test images."""
+    """Return the annotation options for a run's training images, or for its separate test images."""
     settings, data = config.method, config.data
     assert isinstance(settings, TaskConfig), "only supervised runs have annotations"
     return AnnotationOptions(
@@ -183,7 +185,7 @@ def options_of(config: Config, *, test: bool = False) -> AnnotationOptions:
 
 
 def reopen(config: Config, plan: Plan, source: Source, *, tests_only: bool = False) -> AnnotatedImages:
-    """Open the annotated images of a run again. tests_only: only the held-out test images."""
+    """Open the annotated images of a run again. tests_only: whether to open only the held-out test images."""
     needed = set(plan.test_rows)
     if not tests_only:
         needed |= set(range(len(source))) - set(plan.excluded)
@@ -191,7 +193,7 @@ def reopen(config: Config, plan: Plan, source: Source, *, tests_only: bool = Fal
 
 
 def place_of_annotations(task: str, data: str, annotations: str | None) -> tuple[str, str]:
-    """Return the locations of (images, masks or boxes) in DATA. Raises UserError if there are none."""
+    """Return the locations of (images, masks or boxes) in DATA. Raises UserError if DATA has no annotations."""
     if task_class(task).annotation == "masks":
         images, masks, _ = find_folders(data, annotations)
         return images, masks
@@ -200,14 +202,14 @@ def place_of_annotations(task: str, data: str, annotations: str | None) -> tuple
 
 
 def masks_of(annotated: AnnotatedImages) -> Source | None:
-    """Return the source of the mask files; None for other annotations."""
+    """Return the source of the mask files, or None for other annotations."""
     return annotated.annotations.masks if isinstance(annotated.annotations, SegmentationMasks) else None
 
 
 def digest(annotated: AnnotatedImages, rows: np.ndarray, *, labels: bool = True) -> str:
-    """Return a digest of the images and of the annotations of `rows` (of masks, only names and sizes).
+    """Return a digest of the images and annotations in `rows`; mask files count with their names and sizes only.
 
-    labels: include the class labels of the images.
+    labels: whether to include the class labels of the images.
     """
     found = blake2b("\n".join(annotated.classes).encode("utf-8", "surrogateescape"), digest_size=16)
     found.update(annotated.source.fingerprint().encode())

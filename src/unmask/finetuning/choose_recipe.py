@@ -10,7 +10,7 @@ from unmask.recipes import catalogue
 from unmask.task import Task
 
 FEW, SOME = 1_000, 10_000
-BASE, LARGE, HUGE = 700, 1_000, 1_200  # smallest width of these encoders
+BASE, LARGE, HUGE = 700, 1_000, 1_200  # smallest widths of the encoders that these recipes are for
 
 
 def finetuning_recipes() -> list[str]:
@@ -21,7 +21,7 @@ def finetuning_recipes() -> list[str]:
 def choose_recipe(
     task: type[Task[Any, Any]], encoder: ViTConfig, labelled: int, *, from_scratch: bool
 ) -> tuple[str, str]:
-    """Return (recipe, reason) by what the task declares, the width of the encoder and the number of labelled images."""
+    """Return (recipe, reason), chosen by the task, the width of the encoder and the number of labelled images."""
     if task.recipe_depends_on == "nothing":
         return task.recipe, f"recipe {task.recipe}: the only one of this task"
     if task.recipe_depends_on == "width":

@@ -29,9 +29,9 @@ PLAIN = "classify"
 PLAIN_OPTIM = OptimConfig(base_lr=1e-3, betas=(0.9, 0.999), weight_decay=0.05, warmup=0.05)
 UNSETTABLE = {
     "method.classes": "classes are read from the data; name them by sub-folders, in classes.txt or in the annotations",
-    "method.ignored": "it is needed before the masks are read; give --ignore ID",
-    "method.values": "it is needed before the masks are read; give --mask-values ID,ID",
-    "method.stored_pixels": "it is detected when the masks are read; leave it out",
+    "method.ignored": "this setting is needed before the masks are read; give --ignore ID",
+    "method.values": "this setting is needed before the masks are read; give --mask-values ID,ID",
+    "method.stored_pixels": "its value is detected when the masks are read; leave it out",
     "data.mean": "the normalisation belongs to the weights; leave it out",
     "data.std": "the normalisation belongs to the weights; leave it out",
 }
@@ -42,7 +42,7 @@ def finetuning_config(
 ) -> Config:
     """Return the configuration of a supervised run with the encoder and images of `pretrained`, without weights.
 
-    recipe: name from `recipes/fine_tuning.py`, or PLAIN, which trains for as long as `pretrained`. ignored: ids in
+    recipe: name from `recipes/fine_tuning.py`, or PLAIN, which trains with the length of `pretrained`. ignored: ids in
     masks to ignore. Raises ConfigError if the encoder is not a vision transformer, or the recipe is not for
     fine-tuning.
     """
@@ -77,7 +77,7 @@ def require_settable(asked: Mapping[str, Any]) -> None:
 
 
 def enlarged(config: Config, median: tuple[int, int], most: tuple[int, int], console: Console) -> Config:
-    """Return the configuration with a larger image size if that of the pre-training is too small for the task."""
+    """Return the configuration with a larger image size if the size of the pre-training is too small for the task."""
     size, own = dense_size(config, median, most), config.data.size
     if size == own:
         return config
@@ -102,7 +102,7 @@ def config_from_run(
     config, spec = finetuning_config(read_config(run), classes, recipe, ignored=ignored), plan.images
     data: dict[str, Any] = {"size": spec.size, "channels": spec.channels, "mean": spec.mean, "std": spec.std}
     data |= config.data.as_settled(plan.reading)
-    if config.data.pages == "samples":  # labels belong to files, not to pages
+    if config.data.pages == "samples":  # labels belong to files, not to pages of files
         data["pages"] = "first"
     none = dict.fromkeys(("test", "annotations", "test_annotations", "test_split"))
     taken = Graft(run=str(run.path.absolute()), source="encoder.", target="encoder.", step=step)
@@ -114,22 +114,25 @@ def config_from_run(
 
 
 def steps_like(other: str | Path | None, settings: Sequence[str], budget: Budget | None) -> list[str]:
-    """Return the steps and batch size of another run as settings. Raises ConfigError if they were also set."""
+    """Return the steps and batch size of another run as settings.
+
+    Raises ConfigError if other options also set these.
+    """
     if other is None:
         return []
     plan, asked = read_plan(Run.open(other)), parse(settings)
     both = [key for key in ("train.steps", "train.epochs", "train.batch_size") if key in asked]
     if budget is not None or both:
         option = "--budget" if budget is not None else both[0]
-        raise ConfigError(f"got both --steps-of and {option}, which decide the length; leave one of them out")
+        raise ConfigError(f"got both --steps-of and {option}, which both set the length; leave one of them out")
     return [f"train.steps={plan.steps}", f"train.batch_size={plan.batch_size}"]
 
 
 def with_masks(config: Config, annotated: AnnotatedImages) -> Config:
-    """Add the options with which the masks were read to the configuration, for resuming."""
+    """Add the options with which the masks were read to the configuration, where a resumed run finds them."""
     if not isinstance(maps := annotated.annotations, SegmentationMasks):
         return config
     changes: dict[str, Any] = {"stored_pixels": maps.stored}
-    if maps.values:  # 255 may be one of them; then it is not ignored
+    if maps.values:  # if 255 is a class, it is not ignored
         changes |= {"values": maps.values, "ignored": maps.ignored}
     return config.model_copy(update={"method": config.method.model_copy(update=changes)})

@@ -24,7 +24,7 @@ from unmask.run import Run, RunError
 
 
 def measure_run(run: Run, *, console: Console | None = None) -> FinetuneResult:
-    """Test the last weights, with a 95 % interval; write the result to `SCORE` and return it."""
+    """Test the last weights; write the score with its 95 % interval to `SCORE` and return it."""
     console = console or Console()
     loaded = load(run.path, device=choose_device(read_plan(run).device))
     data, settings = loaded.config.data, loaded.config.method
@@ -61,7 +61,10 @@ def measure_run(run: Run, *, console: Console | None = None) -> FinetuneResult:
 
 
 def tests_during_training(run: Run, headline: str, console: Console) -> list[dict[str, Any]]:
-    """Return the rows of metrics.jsonl with this test metric. Warns and returns [] if the file is damaged."""
+    """Return the rows of metrics.jsonl that have this test metric.
+
+    If the file is damaged, print a warning and return [].
+    """
     try:
         return [row for row in run.metrics() if f"test_{headline}" in row]
     except RunError as error:

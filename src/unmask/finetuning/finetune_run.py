@@ -1,9 +1,9 @@
 """`unmask finetune RUN DATA`: train a pre-trained encoder, or random weights as control, on classes, masks or boxes.
 
 Test images are held out (`plan.test_rows`), or are a separate set (`data.test`). The run is tested ten times during
-training. Its result, `evals/fine-tuned.json`, is the test of the last weights. The best test is stored too: papers
-report it, but it is optimistic, because it was chosen on the test images. If the weights have a moving average, the
-last test of the average is stored as well.
+training. The result, `evals/fine-tuned.json`, is the score of the last weights. The best score during training is
+stored too: papers report it, but it is optimistic, because it was chosen on the test images. If there is a moving
+average of the weights, its last score is stored as well.
 
 The training settings are a recipe (`recipes/fine_tuning.py`). The encoder, image size and normalisation are those of
 the run (`configure.py`). Annotations are opened by `annotated.py`. `unmask ablate fig9` uses its own plain recipe.
@@ -73,13 +73,14 @@ from unmask.system.processes import reject_several_processes
 class FinetuneOptions:
     """Options of a fine-tuning.
 
-    task: name of a file of `tasks/`. exclude: patterns of names to leave out, for classes. annotations: location of
-    masks or boxes; None searches beside the images. split: list of images in a VOC folder. test: separate test images;
-    None holds out a fifth of the data. test_annotations, test_split: the same for the separate test images. ignored:
-    ids in masks to ignore. mask_options: other options for reading masks. shots: labels per class (for masks and boxes:
-    number of images), None for all. recipe: name from `recipes/fine_tuning.py`, or "auto". last_blocks: number of last
-    blocks of the encoder to train; None as in the recipe. from_scratch: start from random weights. steps_of: run whose
-    number of steps and batch size are used. settings: KEY=VALUE.
+    task: name of a file of `tasks/`. exclude: for classes, patterns of file names to leave out. annotations: location
+    of masks or boxes (None: search beside the images). split: name of a list of images in a VOC folder. test: separate
+    test images (None: hold out a fifth of the data). test_annotations, test_split: like annotations and split, for the
+    separate test images. ignored: ids in masks to ignore. mask_options: other options for reading masks. shots: number
+    of labels per class, or number of images for masks and boxes (None: all). recipe: name from
+    `recipes/fine_tuning.py`, or "auto". last_blocks: number of last blocks of the encoder to train (None: as in the
+    recipe). from_scratch: whether to start from random weights. steps_of: run whose number of steps and batch size are
+    used. settings: KEY=VALUE assignments.
     """
 
     task: str = "classify"
@@ -125,8 +126,8 @@ class FinetuneOptions:
 class Examples:
     """The training and test images of a fine-tuning.
 
-    train, held_out: indices in `annotated`. test: separate test images, or None. shared: names of test images that are
-    byte-identical to training images.
+    train, held_out: indices in `annotated` of the training images and of the held-out test images. test: separate test
+    images, or None. shared: names of test images that are byte-identical to training images.
     """
 
     annotated: AnnotatedImages
@@ -155,10 +156,11 @@ def finetune(
     budget: float | str | Budget | None = None,
     console: Console | None = None,
 ) -> Run:
-    """Train the encoder of `from_run` on a task with annotated images; return the new run, finished or stopped.
+    """Train the encoder of `from_run` on a task with annotated images; return the new run, which is finished or was
+    stopped.
 
-    out: a new folder; None chooses a name. budget: seconds, or a time such as "30m". A stopped run continues with
-    `resume`. Raises UserError for invalid input.
+    out: a new folder (None: named automatically). budget: seconds, or a time such as "30m". `resume` continues a
+    stopped run. Raises UserError for invalid input.
     """
     options, console, budget = options or FinetuneOptions(), console or Console(), as_budget(budget)
     if out is not None:
@@ -166,7 +168,9 @@ def finetune(
     settings = checked_settings(options, budget, console)
     reject_several_processes()
     run = Run.open(from_run)
-    finetuning_config(read_config(run), ("one", "other"))  # rejects unsupported encoders before images are read
+    finetuning_config(
+        read_config(run), ("one", "other")
+    )  # called here to reject unsupported encoders before images are read
     examples = open_examples(data, options, console)
     recipe, why = options.recipe, f"recipe {options.recipe}: as requested"
     if recipe == "auto":
@@ -210,7 +214,7 @@ def finetune(
 
 def checked_settings(options: FinetuneOptions, budget: Budget | None, console: Console) -> list[str]:
     """Return the settings KEY=VALUE that the options imply. Reads no images. Raises ConfigError."""
-    task_class(options.task)  # rejects an unknown task
+    task_class(options.task)  # called here to reject an unknown task
     if options.test is None and (options.test_annotations is not None or options.test_split is not None):
         raise ConfigError("got --test-annotations or --test-split without --test; give --test too")
     settings = [*options.settings, *steps_like(options.steps_of, options.settings, budget)]
@@ -275,7 +279,7 @@ def configure(
 
 
 def reasons_for(examples: Examples, data: str, options: FinetuneOptions, console: Console) -> list[str]:
-    """Return sentences for the plan: training images, test images, and what limits the result."""
+    """Return sentences for the plan about training images, test images, and limitations of the result."""
     annotated, shots = examples.annotated, options.shots
     per = "in all" if annotated.annotations is not None else "of each class"
     reasons = [
@@ -295,7 +299,7 @@ def reasons_for(examples: Examples, data: str, options: FinetuneOptions, console
 
 
 def report_annotations(annotated: AnnotatedImages, config: Config, console: Console) -> None:
-    """Report statistics of the masks or boxes, and the effect of the training size on masks."""
+    """Print statistics of the masks or boxes, and the effect of the image size on masks."""
     if annotated.annotations is None:
         return
     notes = annotated.annotations.notes
@@ -314,9 +318,9 @@ def resume(
     places: changed_data.DataLocations | None = None,
     console: Console | None = None,
 ) -> Run:
-    """Continue a supervised run exactly where it stopped, like `pretrain.resume`.
+    """Continue a supervised run exactly where it stopped.
 
-    places: new locations of its images, test images and annotations, if they have moved.
+    places: new locations of the run's images, test images and annotations, if they have moved.
     """
     console = console or Console()
     if places is not None:
@@ -334,7 +338,10 @@ def resume(
 
 
 def moved_places(config: Config, places: changed_data.DataLocations) -> changed_data.DataLocations:
-    """Find masks or boxes beside images that have moved, unless their location is given. Raises UserError."""
+    """Find the masks or boxes of images that have moved beside the images, unless their location is given.
+
+    Raises UserError.
+    """
     task, before = config.method.name, config.data.annotations
     if not places.data or task_class(task).annotation == "classes":
         return places
@@ -351,7 +358,10 @@ def moved_places(config: Config, places: changed_data.DataLocations) -> changed_
 
 
 def supervise(run: Run, config: Config, plan: Plan, source: Source, *, console: Console) -> Supervision:
-    """Open the annotations and test images of a run that starts or resumes. Raises DataError if they have changed."""
+    """Open the annotations and test images of a run that starts or resumes.
+
+    Raises DataError if they have changed since the run began.
+    """
     annotated = reopen(config, plan, source)
     test_set = open_test_set(config, plan, annotated, console)
     used = np.setdiff1d(np.arange(len(source)), np.setdiff1d(plan.excluded, plan.test_rows)).astype(np.int64)
