@@ -25,10 +25,7 @@ class SourceError(UserError):
 
 
 class TrainingFailed(RuntimeError):
-    """Training cannot continue.
-
-    Raised if training fails. The run keeps its last good checkpoint, and the command line exits with code 1.
-    """
+    """Raised if training cannot continue. The run keeps its last good checkpoint; the command line exits with code 1."""
 
 
 @contextmanager

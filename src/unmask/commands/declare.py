@@ -58,11 +58,13 @@ class Request(Options):
 
 @dataclass(frozen=True)
 class Command:
-    """One verb. `call` gets the request and a Console; the other functions get the result of `call`.
+    """Declaration of a verb.
 
-    trains: rejects launchers of several processes, such as torchrun. renamed: {option of an earlier version: new
-    option}. to_json: returns the object that --json prints; None prints the result itself. text: returns the output
-    without --json; None prints nothing. exit_code: returns the exit code; None means 0.
+    request: class of the options. call: function of a request and a Console; the functions below get its result. panel:
+    title in `unmask --help`. trains: whether the verb rejects launchers of several processes, such as torchrun.
+    renamed: {option of an earlier version: new option}. to_json: returns the object that --json prints (None: the
+    result itself). text: returns the output without --json (None: no output). exit_code: returns the exit code (None:
+    always 0).
     """
 
     request: type[Request]
@@ -87,9 +89,9 @@ T = TypeVar("T")
 def command(
     request: Callable[P, R], *, panel: Panel, **more: Any
 ) -> Callable[[Callable[[R, Console], T]], Callable[P, T]]:
-    """Decorator that declares a function of (request, console) as a verb, and returns a function of the options.
+    """Decorator that declares a function of (request, console) as a verb, and replaces it by a function of the options.
 
-    request: the class, a frozen dataclass. more: see `Command`.
+    request: the class of the options, a frozen dataclass. more: other fields of `Command`.
     """
 
     def declared(call: Callable[[R, Console], T]) -> Callable[P, T]:
@@ -115,14 +117,14 @@ def command(
 
 
 def signature(request: type[Request], result: Any) -> inspect.Signature:
-    """Return the signature of the Python function: the options with their plain types, then `console`."""
+    """Return the signature of a verb's Python function: the options with their plain types, then `console`."""
     constructor = inspect.signature(request).parameters
     parameters = [constructor[each.name].replace(annotation=each.annotation) for each in options_of(request)]
     return inspect.Signature([*parameters, constructor["console"]], return_annotation=result)
 
 
 def _documentation(verb: Command) -> str:
-    """Return the docstring of the Python function: help text, return value, and options."""
+    """Return the docstring of a verb's Python function: help text, return value, and options."""
     lines = [verb.help, "", inspect.cleandoc(verb.call.__doc__ or ""), "", "Args:"]
     for each in options_of(verb.request):
         default = f" Default: {each.option.default}." if each.option.default else ""
