@@ -25,7 +25,7 @@ class SourceError(UserError):
 
 
 class TrainingFailed(RuntimeError):
-    """Raised if training cannot continue. The run keeps its last good checkpoint; the command line exits with code 1."""
+    """Raised if training cannot continue. The run keeps its last good checkpoint, and the exit code is 1."""
 
 
 @contextmanager

@@ -2,12 +2,12 @@
 
     encoder                      the result of the training: an `ImageEncoder`, whose forward returns `Features`
     loss(batch, clock) -> Loss   one scalar to minimise, and detached numbers to log
-    picture(batch, clock)        panels that show whether it learns
-    after_step(clock)            update tensors that depend on the weights, such as a teacher; nothing by default
+    picture(batch, clock) images that show whether the method learns
+    after_step(clock) updates tensors that depend on the weights, such as a teacher; does nothing by default
 
 The training loop passes a method the batch and a `Clock`, and the method returns a `Loss`. Methods subclass `Method`
 directly, never each other. `forward` calls `loss`, so that hooks on the module apply to the loss. All other members
-that the package uses are declared here with a default; none is looked up by name.
+that the package uses are declared here with a default, so none is looked up by name.
 
 To add a method, add one file to `methods/` with a `Config(MethodConfig)` and one subclass of `Method` whose constructor
 takes `(config, images: ImageSpec)`, and a recipe. There is no registry: the file name is the method's name.
@@ -30,14 +30,14 @@ from unmask.settings import Settings
 
 
 class MethodConfig(Settings):
-    """Base of every method's settings. name: the file in `methods/` or `tasks/`."""
+    """Base class of every method's settings. name: name of the method's file in `methods/` or `tasks/`."""
 
     name: str
     encoder: EncoderConfig
 
     @property
     def needs_tokenizer(self) -> bool:
-        """Whether the method predicts the codes of a tokenizer that is not given yet."""
+        """Whether the method predicts the codes of a tokenizer, but no tokenizer has been given yet."""
         return False
 
     @property
@@ -46,7 +46,7 @@ class MethodConfig(Settings):
         return False
 
     def from_files(self) -> list[str]:
-        """Return sentences that describe settings read from files, such as masks or a palette, to reveal mix-ups."""
+        """Return sentences that describe settings read from files, such as a palette, to reveal a wrong file."""
         return []
 
 
@@ -54,10 +54,10 @@ class MethodConfig(Settings):
 class Clock:
     """Position in the training, and the random draws of the batch.
 
-    step, total: number of optimiser steps done and in all. rng: random draws. micro: number of the micro-batch within
-    the step. share: share of the training done if the number of steps has changed during it (None: step / total).
-    counted: set in `Method.after_step` only, 0-d bool on the device, False if the step was skipped because of
-    non-finite numbers.
+    step, total: number of optimiser steps done, and in all. rng: random draws. micro: number of the micro-batch within
+    the step. share: share of the training done, if the number of steps has changed during the training (None: step /
+    total). counted: 0-d bool on the device, False if the step was skipped because of non-finite numbers; set in
+    `Method.after_step` only.
     """
 
     step: int
@@ -75,7 +75,11 @@ class Clock:
 
 @dataclass(frozen=True)
 class Loss:
-    """The loss of a batch. `value`: scalar with a graph. `logs`: detached 0-d tensors (`.item()` would stall a GPU)."""
+    """The loss of a batch.
+
+    value: scalar to minimise, with its autograd graph. logs: detached 0-d tensors to log (not numbers, because
+    `.item()` would stall a GPU).
+    """
 
     value: Tensor
     logs: dict[str, Tensor] = field(default_factory=dict)
@@ -84,10 +88,10 @@ class Loss:
 class Picture(NamedTuple):
     """Images that show what a method does.
 
-    panels: images by caption, drawn side by side, each (B, C, H, W) float32 in the files' units. note: printed below.
-    numbers: 0-d tensors; "loss" is the loss on these images, the others are losses of baselines in the same units
-    ("true_patch_mean", "nearest_visible", ...). names: printed below each image. valid: (B, H, W) bool, False for
-    absent pixels, or None if no pixel is absent.
+    panels: {caption: images (B, C, H, W) float32 in the files' units}, drawn side by side. note: text below the panels.
+    numbers: 0-d tensors; "loss" is the loss on these images, and the others are losses of baselines in the same units
+    ("true_patch_mean", "nearest_visible", ...). names: texts below the images. valid: (B, H, W) bool, False for absent
+    pixels, or None if no pixel is absent.
     """
 
     panels: dict[str, Tensor]
@@ -97,7 +101,10 @@ class Picture(NamedTuple):
     valid: Tensor | None = None
 
     def sampled(self, count: int) -> Picture:
-        """Return at most `count` images, evenly spaced, because images are in the order of their folders."""
+        """Return the picture with at most `count` images.
+
+        The images are evenly spaced, because they are in the order of their folders.
+        """
         have = len(next(iter(self.panels.values())))
         rows = torch.linspace(0, have - 1, min(count, have)).long().tolist()
         panels = {caption: panel[rows] for caption, panel in self.panels.items()}
@@ -111,7 +118,7 @@ class Picture(NamedTuple):
 class MeanTokenClassifier(Protocol):
     """A method that classifies the mean of the patch tokens before the encoder's final norm.
 
-    Other libraries have such classifiers too, so it can be exported to them.
+    Other libraries have such classifiers too, so the method can be exported to them.
     """
 
     head: nn.Linear
@@ -130,8 +137,8 @@ class Method(nn.Module, ABC):
 
     encoder: the result of the training. fixed: prefixes of the state dict whose tensors do not change after `prepare`
     (a frozen tokenizer, a palette); a run stores them once, not in every checkpoint. num_prepare: number of images that
-    `prepare` uses. undecayed: names of parameters without weight decay; 1-D parameters never have any
-    and are not listed. head_name: name of the part beside the encoder, for messages about exports.
+    `prepare` uses. undecayed: names of parameters without weight decay, besides 1-D parameters, which never have weight
+    decay. head_name: name of the part beside the encoder, for messages about exports.
     """
 
     encoder: ImageEncoder
@@ -142,11 +149,12 @@ class Method(nn.Module, ABC):
 
     @property
     def evaluation_mask(self) -> Callable[[Draws], Tensor] | None:
-        """Function from the draws of B images to (B, N) bool, True for tokens hidden in evaluations (None: none)."""
+        """Function from the draws of B images to (B, N) bool, True for tokens that evaluations hide, or None."""
         return None
 
     def prepare(self, images: Tensor, valid: Tensor | None = None) -> None:
-        """Set buffers that depend on the data. Called before step 0, after weights are copied, if `num_prepare` > 0.
+        """Set buffers that depend on the data. This is called before step 0, after weights are copied, if `num_prepare`
+        > 0.
 
         images: (n, C, H, W) in the files' dtype on the method's device, n <= num_prepare, evenly spaced in the data.
         valid: (n, H, W) bool as in `Batch`, or None if no pixel is absent.
@@ -160,7 +168,7 @@ class Method(nn.Module, ABC):
 
     @property
     def mean_token_classifier(self) -> MeanTokenClassifier | None:
-        """The method itself if other libraries can use its head as a classifier; else None."""
+        """The method itself if other libraries can use its head as a classifier, else None."""
         return None
 
     @abstractmethod
@@ -169,13 +177,16 @@ class Method(nn.Module, ABC):
 
     @abstractmethod
     def picture(self, batch: Batch, clock: Clock) -> Picture:
-        """Return what the method predicts for these images. Called without gradients, in eval mode."""
+        """Return a picture of the method's predictions for these images.
+
+        The caller disables gradients and sets eval mode.
+        """
 
     def after_step(self, clock: Clock) -> None:
-        """Update tensors that depend on the weights, such as a teacher. Called once after each optimiser step.
+        """Update tensors that depend on the weights, such as a teacher. This is called once after each optimiser step.
 
         A step with non-finite numbers does not change the weights, and `clock.counted` is then False on the device. In
-        that case this method must leave every tensor bit-identical, as `nn.ema.moved` does. Does nothing by default.
+        that case this method must leave every tensor bit-identical, as `nn.ema.moved` does. By default it does nothing.
         """
 
     def forward(self, batch: Batch, clock: Clock) -> Loss:

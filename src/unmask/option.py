@@ -1,4 +1,4 @@
-"""Declare options once, with type, default, help and checks, for Python functions and for the command line.
+"""Declare options once for Python functions and for the command line, with type, default, help and checks.
 
 A class of options is a frozen dataclass whose fields are annotated with `Option`:
 
@@ -9,8 +9,8 @@ A class of options is a frozen dataclass whose fields are annotated with `Option
         _: KW_ONLY                          # fields before KW_ONLY are positional arguments
         times: Annotated[int, Option("How often.", at_least=1)] = 1
 
-The request of a verb (`commands/declare.py`) inherits the options of the function that it calls. Modules with such
-classes import no torch, because `--help` imports them.
+The request of a verb (`commands/declare.py`) inherits the options of the function that the verb calls. Modules that
+declare options must not import torch, because `--help` imports them.
 """
 
 # No `from __future__ import annotations` in modules that declare options: annotations are needed as objects.
@@ -33,8 +33,9 @@ class Option:
     """Declaration of an option, besides the type and the default of its field.
 
     help: a phrase for `--help` and for Python's `help`. metavar: placeholder of the value. flag: name on the command
-    line, if it differs from the field's. default: the default in words, if it is None. command_line: type of the value
-    on the command line, if it differs from the field's. from_text: converts the value from the command line. at_least,
+    line, if it differs from the field's. default: what the default None means, in words. command_line: type of the
+    value on the command line, if it differs from the field's. from_text: converts the value from the command line.
+    at_least,
     at_most: bounds of a number. choices: returns the allowed words with their meanings, which may be "".
     """
 
@@ -51,14 +52,14 @@ class Option:
 
 @dataclass(frozen=True)
 class After:
-    """Position of an option that a subclass adds: it is listed after this inherited option."""
+    """Names the inherited option after which an option that a subclass adds is listed."""
 
     name: str
 
 
 @dataclass(frozen=True)
 class Options:
-    """Base class of options. All values are checked when an object is made."""
+    """Base class of options, which checks all values when an object is created."""
 
     def __post_init__(self) -> None:
         """Convert values (see `as_declared`) and check them. Raises UserError."""
@@ -100,9 +101,10 @@ class DeclaredOption:
         return not self.field.kw_only
 
     def as_declared(self, value: Any) -> Any:
-        """Return several values, or a single string or path, as a tuple; a path as a string if paths are not declared.
+        """Convert a value to the declared type.
 
-        Other values are returned unchanged, even if they are invalid.
+        A sequence, or a single value of a repeatable option, becomes a tuple. A path becomes a string if only strings
+        are declared. Other values are returned unchanged, even if they are invalid.
         """
         if (sequence := _sequence(self.annotation)) is None:
             return _as_string(self.annotation, value)
@@ -131,7 +133,7 @@ class DeclaredOption:
         return f"{self.option.help.removesuffix('.')}: {', '.join(words[:-1])} or {words[-1]}."
 
     def command_line_type(self) -> Any:
-        """Return the type on the command line: Path for `str | Path`, a list for a sequence."""
+        """Return the type of the option on the command line: Path for `str | Path`, a list for a sequence."""
         if self.option.command_line is not None:
             return self.option.command_line
         if (sequence := _sequence(self.annotation)) is not None:
@@ -140,7 +142,7 @@ class DeclaredOption:
 
 
 def options_of(owner: type[Options]) -> list[DeclaredOption]:
-    """Return the options of a class: positional ones first, else in the order of its fields.
+    """Return the options of a class, positional options first, in the order of its fields.
 
     Raises TypeError for a field without `Option`.
     """
@@ -160,7 +162,7 @@ def options_of(owner: type[Options]) -> list[DeclaredOption]:
 
 
 def _in_order(found: Sequence[DeclaredOption]) -> list[DeclaredOption]:
-    """Move positional options to the front, and options with `after` behind that one."""
+    """Move positional options to the front, and each option with `after` behind the option of that name."""
     ordered = [each for each in found if each.after is None]
     for each in found:
         if each.after is not None:
@@ -187,14 +189,17 @@ def _scalar(kind: Any) -> Any:
 
 
 def _as_string(kind: Any, value: Any) -> Any:
-    """Return a path as a string if the type has strings but no paths; other values unchanged."""
+    """Return a path as a string if the type contains str but not Path, and other values unchanged."""
     return (
         str(value) if isinstance(value, Path) and str in (members := _members(kind)) and Path not in members else value
     )
 
 
 def _accepts(kind: Any, value: Any) -> bool:
-    """Whether a value has a type. Integers are numbers, and booleans are neither; numpy's numbers are accepted."""
+    """Return whether a value has the type `kind`.
+
+    Integers count as numbers, booleans as neither; numpy's numbers are accepted.
+    """
     members = _members(kind)
     if (sequence := _sequence(kind)) is not None and isinstance(value, tuple):
         return all(_accepts(get_args(sequence)[0], each) for each in value)
@@ -217,6 +222,6 @@ def _in_words(kind: Any) -> str:
 
 
 def _described(kind: Any) -> list[Any]:
-    """Return the members of a type that an error names: a path may also be given as a string."""
+    """Return the members of a type that an error message names, which leave out str if Path is one of them."""
     members = _members(kind)
     return [each for each in members if each is not str or Path not in members]

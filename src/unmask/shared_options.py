@@ -23,7 +23,7 @@ Exclude = Annotated[
 ]
 Settings = Annotated[
     Sequence[str],
-    Option("Change any setting of the recipe, e.g. train.steps=1000; repeatable.", metavar="KEY=VALUE", flag="--set"),
+    Option("Change a setting of the recipe, e.g. train.steps=1000; repeatable.", metavar="KEY=VALUE", flag="--set"),
 ]
 TestData = Annotated[str | None, Option("Test images.", metavar="DATA", default="a fifth of DATA")]
 Step = Annotated[int | None, Option("Step of the checkpoint to use.", metavar="N", default="the newest")]

@@ -35,12 +35,13 @@ def paper_linear(
     settings: Sequence[str] = (),
     console: Console | None = None,
 ) -> ProbeResult:
-    """Train MAE's linear probe (`tasks/linear_probe.py`); return the result, also `evals/probe-paper-linear-*.json`.
+    """Train MAE's linear probe (`tasks/linear_probe.py`); write the result to evals/probe-paper-linear-*.json and
+    return it.
 
     The probe is trained in its own run inside `from_run`. The paper's batch size of 16384 suits data sets as large as
-    ImageNet. For smaller ones, it is the power of two at or below an eighth of the images, and the peak learning rate
-    stays 6.4: with LARS, a step moves a matrix by a share of its norm, so a learning rate scaled to the small batch
-    would be too small to learn.
+    ImageNet. For smaller data sets, the batch size is the largest power of two up to an eighth of the number of images,
+    and the peak learning rate stays 6.4. It is not scaled down with the batch size, because LARS moves a matrix by a
+    share of its norm in each step, and with a small rate the probe would not learn.
     """
     reject_several_processes()
     console = console or Console()
@@ -65,7 +66,7 @@ def paper_linear(
     run = finetune(outer.path, data, options, out=place, console=console)
     if not run.finished:
         raise ConfigError(
-            f"the probe was stopped; finish it with `unmask resume {run.path}`, which stores the result in that folder"
+            f"the probe was stopped; finish it with `unmask resume {run.path}`, which stores the result in that run"
         )
     result = _result(run, checkpoint.newest_step(outer), shots)
     outer.write(f"evals/probe-{run.path.name}.json", to_json(result))
@@ -73,7 +74,7 @@ def paper_linear(
 
 
 def _result(run: Run, step: int | None, shots: int | None) -> ProbeResult:
-    """Return the score of the trained head as a probe result. step: of the probed checkpoint."""
+    """Return the score of the trained head as a probe result. step: step of the probed checkpoint."""
     found, plan = read_score(run), read_plan(run)
     assert found is not None, "a finished run has a test result"
     row = FeatureScore(
@@ -90,7 +91,7 @@ def _result(run: Run, step: int | None, shots: int | None) -> ProbeResult:
         train_images=found.train_images,
         test_images=found.test_images,
         chance=1 / len(found.classes),
-        interval="Wilson, over the test images",
+        interval="Wilson interval over the test images",
         rows=(row,),
         shots=shots,
         run=run.path.name,

@@ -1,4 +1,4 @@
-"""`unmask predict RUN IMAGES --out`: predict classes, masks or boxes of images with a fine-tuned Run.
+"""`unmask predict RUN IMAGES --out`: predict classes, masks or boxes of images with a fine-tuned run.
 
 Images are prepared as in the tests, without random augmentation. Files that cannot be read are reported and skipped.
 The output formats are in `prediction_files.py`.
@@ -36,7 +36,10 @@ MOST_NAMED = 6
 
 @dataclass(frozen=True)
 class PredictOptions:
-    """step: of the checkpoint, None for the newest. device: "auto", "cpu", "cuda" ... min_score: smallest box score."""
+    """step: step of the checkpoint (None: the newest).
+
+    device: "auto", "cpu", "cuda" ... min_score: smallest box score.
+    """
 
     step: int | None = None
     device: str = "auto"
@@ -48,7 +51,7 @@ def predict(
 ) -> PredictResult:
     """Write predictions for all images to `out`.
 
-    Raises UserError if the run has not been fine-tuned, or if `out` does not fit its task.
+    Raises UserError if the run has not been fine-tuned, or if `out` does not fit the run's task.
     """
     options, console = options or PredictOptions(), console or Console()
     loaded = load(run, device=choose_device(options.device), step=options.step)
@@ -80,8 +83,8 @@ def predict(
     console.print(f"{out}: {done} images: {counts}")
     if task.annotation == "boxes" and options.min_score == LEAST_SCORE:
         console.print(
-            f"  includes all boxes with a score of at least {LEAST_SCORE}, as average precision needs them; "
-            "--min-score 0.3 drops uncertain ones"
+            f"  the file includes all boxes with a score of at least {LEAST_SCORE}, as average precision needs them; "
+            "--min-score 0.3 drops uncertain boxes"
         )
     return PredictResult(out=str(out), images=done, left_out=len(source) - done, classes=found)
 
@@ -97,7 +100,7 @@ def require_score(task: Task[Any, Any], least: float) -> None:
 def predictions(
     loaded: Loaded, task: Task[Any, Any], source: Source, console: Console, bar: Bar | None
 ) -> Iterator[Predicted]:
-    """Yield predictions for all readable images in order, in pixel coordinates of the files."""
+    """Yield predictions for all readable images in order. Masks and boxes are in pixels of the files."""
     rows = np.arange(len(source))
     plan, crop = loaded.plan, loaded.config.data.crop
     whole = task.whole_images()
@@ -112,14 +115,15 @@ def predictions(
 
 
 def names_of(task: Task[Any, Any]) -> list[str]:
-    """Return class names with control characters escaped. The class number is appended to duplicates, such as
-    ImageNet's "crane"."""
+    """Return class names with control characters escaped, and with the class number appended to names that occur twice,
+    such as ImageNet's "crane".
+    """
     names = [class_name(name) for name in task.classes]
     return [name if names.count(name) == 1 else f"{name} ({number})" for number, name in enumerate(names)]
 
 
 def size_of(source: Source, row: int) -> tuple[int, int] | None:
-    """Return (H, W) of an image file; None if it has become unreadable."""
+    """Return (H, W) of an image file, or None if the file has become unreadable."""
     try:
         header = decode.header(source.read(row), source.reading)
     except BadImage:

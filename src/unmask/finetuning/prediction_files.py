@@ -48,7 +48,10 @@ class Predicted(NamedTuple):
 
 
 class Written(NamedTuple):
-    """Number of images written, and number of images, pixels or boxes of each class."""
+    """Result of writing predictions.
+
+    images: number of images. classes: number of images, pixels or boxes of each class.
+    """
 
     images: int
     classes: dict[str, int]
@@ -56,9 +59,10 @@ class Written(NamedTuple):
 
 @dataclass(frozen=True)
 class PredictionFile:
-    """Output of predictions. classes: their names. settings: those of the task.
+    """Where and how to write predictions.
 
-    images: names of all images of the source. min_score: boxes with a smaller score are left out.
+    out: file or folder. classes: names of the classes. settings: settings of the task. images: names of all images of
+    the source. min_score: minimum score of the written boxes.
     """
 
     out: Path
@@ -69,7 +73,10 @@ class PredictionFile:
 
 
 class Writer(Protocol):
-    """An output format. unit: what the class counts refer to, in words. folder: whether `out` is a folder."""
+    """Writes predictions in one format.
+
+    unit: what the class counts refer to, such as "pixels". folder: whether `out` is a folder.
+    """
 
     unit: ClassVar[str]
     folder: ClassVar[bool]
@@ -82,7 +89,7 @@ class Writer(Protocol):
 
 @dataclass(frozen=True)
 class ClassTable:
-    """Writes a table with one row per image. A prediction is (K,) probabilities."""
+    """Writes a table with one row per image. Each prediction is (K,) probabilities."""
 
     unit: ClassVar[str] = ""
     folder: ClassVar[bool] = False
@@ -102,7 +109,7 @@ class ClassTable:
 
 @dataclass(frozen=True)
 class MaskFolder:
-    """Writes one PNG per image. A prediction is (H, W) class numbers."""
+    """Writes one PNG per image. Each prediction is (H, W) class numbers."""
 
     unit: ClassVar[str] = "pixels of "
     folder: ClassVar[bool] = True
@@ -137,7 +144,7 @@ class MaskFolder:
 
 @dataclass(frozen=True)
 class BoxFile:
-    """Writes COCO's JSON. A prediction is `tasks.detect.Found`, with the best box first."""
+    """Writes COCO's JSON. Each prediction is a `tasks.detect.Found` with the best box first."""
 
     unit: ClassVar[str] = "boxes of "
     folder: ClassVar[bool] = False
@@ -167,21 +174,21 @@ WRITERS: dict[Annotation, Writer] = {"classes": ClassTable(), "masks": MaskFolde
 
 
 def mask_palette(ids: np.ndarray) -> bytes:
-    """Return a PNG palette as RGB bytes: a colour for each class id, black for other numbers."""
+    """Return a PNG palette as RGB bytes, with a colour for each class id and black for other numbers."""
     palette = np.zeros((max(256, int(ids.max()) + 1), 3), np.uint8)
     palette[ids] = (255 * colour_table(len(ids)).numpy()).round().astype(np.uint8)
     return palette.tobytes()
 
 
 def _plain(name: str, file: str) -> bool:
-    """Whether a mask file has the name of its image, except for the ending."""
+    """Return whether a mask file has the name of its image, except for the ending."""
     return name.rpartition(".")[0] + ".png" == file or name + ".png" == file
 
 
 def require_out(out: Path, writer: Writer) -> None:
     """Raise UserError if `out` does not fit the predictions or cannot be written to.
 
-    Called before images are read, which may take hours.
+    This is called before images are read, because reading may take hours.
     """
     if not writer.folder and out.suffix not in writer.endings:
         raise UserError(

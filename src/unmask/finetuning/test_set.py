@@ -1,4 +1,4 @@
-"""Test images of a supervised run, and the evaluation of its method on them."""
+"""The test images of a supervised run, and the evaluation of its method on these images."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from unmask.metrics.measurement import Measurement
 from unmask.task import Task
 
 TRIAL_IMAGES = (4, 16)
-LONG_TESTS = 10.0  # seconds; shorter tests cause no warning
+LONG_TESTS = 10.0  # minimum total seconds of tests that cause a warning
 
 
 def shared_files(train: Source, train_rows: np.ndarray, test: Source, test_rows: np.ndarray) -> list[str]:
-    """Return names of test images that are byte-identical to a training image. Reads only files of equal size."""
+    """Return names of test images that are byte-identical to a training image. Only files of equal size are read."""
     both = np.intersect1d(train.sizes[train_rows], test.sizes[test_rows])
 
     def digests(source: Source, rows: np.ndarray) -> dict[int, bytes]:
@@ -49,8 +49,8 @@ def shared_files(train: Source, train_rows: np.ndarray, test: Source, test_rows:
 class TestSet:
     """The test images of a run, which are `rows` of `images`, with their annotations.
 
-    opened: time of creation, on the clock of `time_budget.now`. spent: seconds of tests since. warned: whether the
-    warning about long tests was printed.
+    opened: time of creation, on the clock of `time_budget.now`. spent: seconds that tests have taken since then.
+    warned: whether the warning about long tests has been printed.
     """
 
     images: ReadableImages
@@ -67,7 +67,7 @@ class TestSet:
         return digest(self.annotated, self.rows, labels=labels)
 
     def __call__(self, method: Method) -> dict[str, float]:
-        """Return the headline metrics. Warns once if tests have taken longer than the training so far."""
+        """Return the headline metrics. Warn once if tests have taken longer than the training so far."""
         began = now()
         training = began - self.opened - self.spent
         if self.spent > max(training, LONG_TESTS) and not self.warned:
@@ -83,7 +83,7 @@ class TestSet:
     def estimate_seconds(self, method: Method) -> float:
         """Return the seconds that a test takes, estimated from a few of its images."""
         took, few = 0.0, self
-        for count in TRIAL_IMAGES:  # the first pass warms up
+        for count in TRIAL_IMAGES:  # the first pass is a warm-up
             few = replace(self, rows=self.rows[:count], workers=0, console=Console(quiet=True))
             began = now()
             with suppress(UserError):  # a few images may have no box, or only ignored pixels
@@ -110,9 +110,9 @@ def task_of(method: Method) -> Task[Any, Any]:
 
 
 def open_test_set(config: Config, plan: Plan, annotated: AnnotatedImages, console: Console) -> TestSet:
-    """Open the test images of a run: those held out from `annotated`, or `data.test`.
+    """Open the test images of a run: the images held out from `annotated`, or `data.test`.
 
-    Called before the training. Raises UserError if they cannot be evaluated.
+    This is called before the training. Raises UserError if the images cannot be evaluated.
     """
     rows, of, data = np.array(plan.test_rows, np.int64), annotated, config.data
     task = config.method.name
@@ -130,7 +130,7 @@ def open_test_set(config: Config, plan: Plan, annotated: AnnotatedImages, consol
         of.source, rows, plan.images, data.crop, training=False, whole=task_class(task).whole_images()
     )
     workers = 0
-    if plan.cached and len(rows) <= plan.num_images:  # not more images than the cached training images
+    if plan.cached and len(rows) <= plan.num_images:  # at most as many images as the cached training images
         images.keep_decoded()
     elif len(rows) >= MANY_IMAGES:
         workers = choose_workers(plan.device, cached=False)[0]
