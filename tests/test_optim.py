@@ -62,7 +62,7 @@ def test_skipped_fused_step_keeps_weights_and_moments_bit_identical(finite):
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True)) == (not finite)
 
 
-# ------------------------------------------------------------------------------------------------------- fine-tuning
+# Fine-tuning
 
 
 def classifier(depth=3):

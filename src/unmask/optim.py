@@ -23,14 +23,14 @@ Decay = Annotated[float, Field(ge=0, lt=1)]
 class OptimConfig(Settings):
     """Settings of AdamW (MAE, Table 8) or LARS (MAE's linear probe). Peak learning rate: base_lr x batch size / 256.
 
-    betas: AdamW's betas; LARS uses the first one as its momentum.
-    warmup: share of all steps during which the learning rate rises linearly from 0 (MAE: 40 of 800 epochs). It then
-    falls along half a cosine to final_lr x peak.
+    betas: AdamW's betas, of which LARS uses the first as its momentum.
+    warmup: share of all steps during which the learning rate rises linearly from 0 (MAE: 40 of 800 epochs). After the
+    warm-up, the rate falls along half a cosine to final_lr x peak.
     clip: maximum gradient norm (None: no clipping).
-    layer_decay: for fine-tuning, the learning rate of each encoder layer divided by that of the next layer; the head
-    has the full rate.
-    average: decay of a moving average of the weights (`nn/ema.py`), smaller in the first steps (MAE from scratch:
-    0.9999). None: no average.
+    layer_decay: for fine-tuning, the learning rate of each encoder layer divided by the learning rate of the next
+    layer; the head has the full rate.
+    average: decay of a moving average of the weights (`nn/ema.py`), or None for no average. MAE from scratch uses
+    0.9999. The decay is smaller in the first steps.
     """
 
     name: Literal["adamw", "lars"] = "adamw"
@@ -51,7 +51,10 @@ def peak_lr(config: OptimConfig, batch_size: int) -> float:
 
 
 def learning_rate(step: float, *, steps: int, warmup_steps: int, peak: float, final: float = 0.0) -> float:
-    """Return the learning rate of optimiser step `step` (0-based): linear from 0, then half a cosine to `final`."""
+    """Return the learning rate of optimiser step `step` (0-based).
+
+    It rises linearly from 0 to `peak` and then falls along half a cosine to `final`.
+    """
     if step < warmup_steps:
         return peak * step / warmup_steps
     done = (step - warmup_steps) / max(1, steps - warmup_steps)
@@ -66,7 +69,7 @@ class Lars(torch.optim.Optimizer):
 
     For weight matrices, the gradient plus weight decay is scaled to TRUST x the norm of the matrix; gradients of 1-D
     tensors are not scaled. The momentum accumulates scaled gradients and is multiplied by the learning rate. A step
-    with `found_inf` changes nothing.
+    changes nothing if `found_inf` is set.
     """
 
     def __init__(self, groups: Any, momentum: float) -> None:
@@ -98,9 +101,9 @@ class Lars(torch.optim.Optimizer):
 def make_optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.AdamW | Lars:
     """Return AdamW or LARS over the trainable parameters of a method.
 
-    1-D parameters and those in the method's `undecayed` have no weight decay. Class and mask tokens are 3-D and
-    therefore have it, as in MAE's code. AdamW is fused, because the fused kernel can skip a non-finite step on the
-    device, without synchronising with the host.
+    1-D parameters and the parameters named in the method's `undecayed` have no weight decay. Class and mask tokens are
+    3-D and therefore have weight decay, as in MAE's code. AdamW is fused, because the fused kernel can skip a
+    non-finite step on the device, without synchronising with the host.
     """
     undecayed = module.undecayed if isinstance(module, Method) else ()
     scales = layer_scales(module, config.layer_decay)
@@ -121,8 +124,8 @@ def make_optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.AdamW 
 def layer_scales(module: nn.Module, decay: float) -> Mapping[str, float]:
     """Return the learning-rate factor of each parameter of `module.encoder`, by name, or {} without layer-wise decay.
 
-    The factor is decay^(n - depth), with the depth by `depth_of` and n the largest depth in the encoder; the head's
-    factor is 1 (Clark et al. 2020, ELECTRA; as in BEiT and MAE).
+    The factor is decay^(n - depth), where `depth_of` returns the depth and n is the largest depth in the encoder. The
+    factor of the head is 1 (Clark et al. 2020, ELECTRA; as in BEiT and MAE).
     """
     if decay == 1:
         return {}
@@ -149,20 +152,20 @@ def step_if(optimizer: torch.optim.Optimizer, good: Tensor) -> None:
 
 @cache
 def fused_kernel_has_gate() -> bool:
-    """Return whether fused AdamW skips a step with `found_inf`. Tested once, on a single parameter."""
+    """Return whether fused AdamW skips a step if `found_inf` is set, by testing it once on a single parameter."""
     weight = nn.Parameter(torch.ones(1))
     weight.grad = torch.ones(1)
     optimizer = torch.optim.AdamW([weight], lr=0.5, fused=True)
     optimizer.found_inf, optimizer.grad_scale = torch.ones(()), None  # type: ignore[attr-defined]
     try:
         optimizer.step()
-    except Exception:  # whatever a later version of torch raises, `step_if` can wait on the host
+    except Exception:  # later versions of torch may raise any error; `step_if` then waits on the host
         return False
     return weight.item() == 1.0
 
 
 def update(optimizer: torch.optim.Optimizer, lr: float, loss: Tensor, clip: float | None) -> Tensor:
-    """Step with the current gradients and clear them; return their norm before clipping (0-d).
+    """Update the weights with the current gradients, clear the gradients, and return their norm before clipping (0-d).
 
     If `loss` (0-d) or the norm is not finite, weights and moments stay bit-identical. The check runs on the device; the
     host does not wait for it.

@@ -2,7 +2,7 @@
 
     {"record": "probe", "kind": "linear", "data": {...}, "test": {...}, "rows": [...], ...}
 
-The key `record` names the class in this module that a file belongs to. File names have no meaning: to get results, call
+The key `record` names the class in this module that a file belongs to. File names have no meaning. To get results, call
 `read_results` and iterate over the records. Files of earlier versions lack the key and are converted when they are
 read.
 
@@ -53,16 +53,16 @@ class RunFolder(Protocol):
     def read(self, name: str) -> dict[str, Any]: ...
 
 
-# ------------------------------------------------------------------------------------------------- images and test sets
+# Images and test sets
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageSet:
     """A set of images.
 
-    name: as the user gave it. path: absolute path, or None for generated and built-in sets. digest: SHA-256 over the
-    names and sizes of its files (`Source.fingerprint`), or None in results of earlier versions. excluded: the patterns
-    of `--exclude`.
+    name: the name that the user gave. path: absolute path, or None for generated and built-in sets. digest: SHA-256
+    over the names and sizes of its files (`Source.fingerprint`), or None in results of earlier versions. excluded: the
+    patterns of `--exclude`.
     """
 
     name: str
@@ -71,7 +71,7 @@ class ImageSet:
     excluded: tuple[str, ...] = ()
 
     def matches(self, other: ImageSet) -> bool:
-        """Return whether both are the same images: by digest if both are known, else by name."""
+        """Return whether both sets contain the same images. Digests are compared if both are known, else names."""
         if self.digest is not None and other.digest is not None:
             return self.digest == other.digest
         return (self.name, self.excluded) == (other.name, other.excluded)
@@ -82,26 +82,26 @@ class ImageSet:
 
 @dataclass(frozen=True, kw_only=True)
 class TestIdentity:
-    """The test images: either held out of the labelled data, or a separate set.
+    """The test images, which are either held out of the labelled data or a separate set.
 
-    held_out: held-out share of the labelled data. seed: the seed that selected it, or None if it was not recorded.
-    images: the separate set.
+    held_out: held-out share of the labelled data. seed: the seed that selected the held-out images, or None if it was
+    not recorded. images: the separate set.
     """
 
-    __test__: ClassVar[bool] = False  # tells pytest that this is not a test class
+    __test__: ClassVar[bool] = False  # pytest would otherwise collect this class as a test
 
     held_out: float | None = None
     seed: int | None = None
     images: ImageSet | None = None
 
     def matches(self, other: TestIdentity) -> bool:
-        """Return whether both are the same images, provided that the labelled data are the same."""
+        """Return whether both describe the same test images, provided that the labelled data are the same."""
         if self.images is None or other.images is None:
             return self.images is other.images and (self.held_out, self.seed or 0) == (other.held_out, other.seed or 0)
         return self.images.matches(other.images)
 
     def describe(self, data: str) -> str:
-        """Return a name for messages: 'a held-out fifth of birds', or the name of the separate set."""
+        """Return a name for messages, such as 'a held-out fifth of birds', or the name of the separate set."""
         if self.images is not None:
             return str(self.images)
         share = "fifth" if self.held_out == 0.2 else f"{self.held_out:.0%}"
@@ -110,7 +110,7 @@ class TestIdentity:
 
 @dataclass(frozen=True, kw_only=True)
 class TargetTable:
-    """The table with the labels or quantities. reason: why its columns were interpreted as this task."""
+    """A table of targets. reason: why its columns were interpreted as labels or as quantities."""
 
     path: str
     test_path: str | None = None
@@ -121,19 +121,19 @@ class TargetTable:
 
 @dataclass(frozen=True, kw_only=True)
 class OtherRun:
-    """Another run whose encoder was measured on the same images. name: its name in `FeatureScore.features`."""
+    """Another run whose encoder was measured on the same images. name: name of the run in `FeatureScore.features`."""
 
     name: str
     run: str
     step: int | None = None
 
 
-# --------------------------------------------------------------------------------------------------------------- scores
+# Scores
 
 
 @dataclass(frozen=True)
 class LayerChoice:
-    """The layer whose features were used, 0 to `last`. why: how it was chosen, in words."""
+    """The layer whose features were used. number: 0 to `last`. why: why this layer was chosen, in words."""
 
     number: int
     last: int
@@ -144,7 +144,7 @@ class LayerChoice:
 class TargetScore:
     """The score of one target column.
 
-    value: average precision of a label, or R2 of a quantity, or None if it is undefined on these test images.
+    value: average precision of a label, or R2 of a quantity, or None if the score is undefined on these test images.
     positives: number of test images with the label.
     """
 
@@ -158,10 +158,11 @@ class TargetScore:
 class FeatureScore:
     """The score of one feature set under one pooling, with its 95 % interval.
 
-    features: PRETRAINED, RANDOM_INIT, RAW_PIXELS, or the name of another run. pool: "cls", "mean", "pixels", or that of
-    a probe of all tokens ("attentive"). value: the score in the record's `metric`. total: number of test images.
-    correct: number of correctly classified ones, if the metric is accuracy. fit: hyperparameters that the probe
-    selected (`c`, `rate`). votes: number of random masks per image over which the majority was taken.
+    features: PRETRAINED, RANDOM_INIT, RAW_PIXELS, or the name of another run. pool: "cls", "mean", "pixels", or the
+    pooling of a probe of all tokens ("attentive"). value: the score in the record's `metric`. total: number of test
+    images.
+    correct: number of correctly classified test images, if the metric is accuracy. fit: hyperparameters that the probe
+    selected (`c`, `rate`). votes: number of random patch masks per image, whose majority class is scored.
     """
 
     features: str
@@ -180,7 +181,10 @@ class FeatureScore:
 
 @dataclass(frozen=True, kw_only=True)
 class CurvePoint:
-    """The mean score with `shots` training labels per class. values, correct, fits: one entry per choice of labels."""
+    """The mean score with `shots` training labels per class.
+
+    values, correct, fits: one entry for each random choice of labels.
+    """
 
     shots: int
     mean: float
@@ -204,10 +208,10 @@ class CurveRow:
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """The score of the run's features minus that of another feature set, on the same test images.
+    """The score of the run's features minus the score of another feature set, on the same test images.
 
-    low, high: 95 % interval. own_pool, pool: poolings of the run's features and of the other ones. shots: labels per
-    class, in label-budget curves only.
+    low, high: 95 % interval. own_pool: pooling of the run's features. pool: pooling of the other features. shots:
+    number of labels per class, in label-budget curves only.
     """
 
     features: str
@@ -221,7 +225,7 @@ class Difference:
 
 @dataclass(frozen=True, kw_only=True)
 class TestOnTheWay:
-    """A test during training, at `step`."""
+    """A test during training, after optimiser step `step`."""
 
     __test__: ClassVar[bool] = False
 
@@ -229,20 +233,22 @@ class TestOnTheWay:
     value: float
 
 
-# -------------------------------------------------------------------------------------------------------------- records
+# Records
 
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureMeasurement:
     """Base of the results of all frozen-feature probes.
 
-    kind: value of --kind. title: the kind as a heading, "Linear probe". step: step of the checkpoint. seed: seed of the
-    split and of all random draws. layer, mask_votes: values of the options (None: the default protocol of the encoder).
+    kind: value of --kind. title: the kind as a heading, such as "Linear probe". step: step of the checkpoint. seed:
+    seed of the split and of all random draws. layer, mask_votes: values of the options (None: the default protocol of
+    the encoder).
     task: CLASSES, MULTILABEL, REGRESSION or UNLABELLED. names: names of the classes or the target columns. chance: the
-    score of a prediction that does not depend on the image, or None if there is none. interval: how the 95 % intervals
+    score of predictions that do not depend on the image, or None if it is undefined. interval: how the 95 % intervals
     were computed. shared: number of test images that are identical to a training image, pixel for pixel. differences:
-    differences from the other feature sets. protocol, verdict: descriptions in words. caveats: sentences on the
-    limitations of the numbers. command: the shell command that measured them, or None for a call from Python.
+    differences of the score to the scores of other feature sets. protocol, verdict: descriptions in words. caveats:
+    sentences on the limitations of the numbers. command: the shell command that measured the numbers, or None for a
+    call from Python.
     """
 
     kind: str
@@ -272,11 +278,11 @@ class FeatureMeasurement:
 
     @property
     def budgets(self) -> tuple[int, ...] | None:
-        """Labels per class of every fit, ascending, or None if all labels were used."""
+        """Numbers of labels per class, ascending, or None if all labels were used."""
         raise NotImplementedError
 
     def same_measurement(self, other: FeatureMeasurement) -> bool:
-        """Return whether both used the same protocol and images, so that their scores are comparable."""
+        """Return whether both results used the same protocol and images, so that their scores are comparable."""
         return (
             type(self) is type(other)
             and self._protocol == other._protocol
@@ -293,10 +299,10 @@ class FeatureMeasurement:
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeResult(FeatureMeasurement):
-    """The result of `unmask probe`: a score for every feature set.
+    """The result of `unmask probe`, with a score for every feature set.
 
-    shots: training labels per class (None: all). run, best: only for --kind paper-linear, which trains a classifier:
-    the folder of that training inside the run, and its best test during training.
+    shots: number of training labels per class (None: all). run, best: for --kind paper-linear, which trains a
+    classifier, the run of that training inside the probed run, and its best test during training.
     """
 
     rows: tuple[FeatureScore, ...]
@@ -309,7 +315,7 @@ class ProbeResult(FeatureMeasurement):
         return None if self.shots is None else (self.shots,)
 
     def row(self, features: str = PRETRAINED, pool: str | None = None) -> FeatureScore | None:
-        """Return the score of a feature set under `pool`, or under its best pooling, or None if it was not measured."""
+        """Return the score of a feature set under `pool` (None: its best pooling), or None if it was not measured."""
         rows = [row for row in self.rows if row.features == features and pool in (None, row.pool)]
         return max(rows, key=lambda row: row.value, default=None)
 
@@ -318,7 +324,7 @@ class ProbeResult(FeatureMeasurement):
 class CurveResult(FeatureMeasurement):
     """A label-budget curve.
 
-    shots: numbers of training labels per class. draws: number of random choices of labels for each of them.
+    shots: numbers of training labels per class. draws: number of random choices of labels for each number.
     """
 
     rows: tuple[CurveRow, ...]
@@ -339,9 +345,10 @@ class FinetuneResult:
     """The score of a fine-tuned run on its test images, with the weights of the last step.
 
     task: name of the method ("classify", "segment", "detect", "linear_probe"). metric: key of the score in `numbers`.
-    low, high: 95 % interval of the score. by_class: IoU or AP50 of every class, or None if it is undefined. best: the
-    best test during training, selected on the test images. averaged: the score with the moving average of the weights.
-    initial_run: the run with the initial weights.
+    low, high: 95 % interval of the score. by_class: IoU or AP50 of every class, or None for a class without a defined
+    score. best: the best test during training, selected on the test images. averaged: the score with the moving average
+    of the weights.
+    initial_run: the run that the initial weights are from.
     """
 
     task: str
@@ -390,7 +397,7 @@ RECORDS: dict[str, type[Record]] = {
 }  # fmt: skip
 
 
-# -------------------------------------------------------------------------------------------- results of written files
+# Results of written files
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -425,7 +432,7 @@ class ReconstructResult:
     losses: dict[str, float]
 
     def to_json(self) -> dict[str, Any]:
-        """Return the object that --json prints, with the losses beside the picture."""
+        """Return the object that --json prints, in which the losses are keys beside "picture"."""
         return {"picture": self.picture, **self.losses}
 
 
@@ -453,8 +460,8 @@ class ExportResult:
 
     run, step: the exported checkpoint. to: the target. out: path of the file or folder. card: path of the model card.
     what: the model in the terms of the other library. load: Python code that loads it. notes: sentences about omitted
-    parts. difference: largest absolute difference between the outputs of the other library and the run, or None if that
-    library cannot be used here. tested: a sentence about that check.
+    parts. difference: largest absolute difference between the outputs of the other library and of the run, or None if
+    that library cannot be used here. tested: a sentence about this comparison.
     """
 
     run: str
@@ -473,7 +480,7 @@ class ExportResult:
         return asdict(self)
 
 
-# -------------------------------------------------------------------------------------------------- reading and writing
+# Reading and writing
 
 
 @cache
@@ -482,7 +489,7 @@ def _adapter(kind: type[Record]) -> TypeAdapter[Record]:
 
 
 def to_json(record: Record) -> dict[str, Any]:
-    """Convert a record to the JSON object that is stored in its file and printed by --json."""
+    """Convert a record to the JSON object that --json prints and that is stored in a file."""
     name = next(name for name, kind in RECORDS.items() if type(record) is kind)
     return {RECORD: name, **_adapter(type(record)).dump_python(record, mode="json")}
 
@@ -511,7 +518,8 @@ T = TypeVar("T", bound=Record)
 class Results:
     """The results of a run.
 
-    records: records by file name, without .json. damaged: one message for each file that is damaged or not a result.
+    records: records by file name, without .json. damaged: one message for each file that is damaged or does not contain
+    a result.
     """
 
     records: Mapping[str, Record]
@@ -519,7 +527,7 @@ class Results:
 
     @property
     def probes(self) -> tuple[ProbeResult, ...]:
-        """Probe results, grouped by data set: linear probes first; equal ones in order of steps."""
+        """Probe results, grouped by data set, with linear probes first, then in order of steps."""
         return tuple(sorted(self._of(ProbeResult), key=_order))
 
     @property
@@ -528,7 +536,7 @@ class Results:
 
     @property
     def finetuned(self) -> FinetuneResult | None:
-        """The score of a fine-tuned run, or None for other runs, and before the test."""
+        """The score of a fine-tuned run, or None for other runs and for runs that have not been tested."""
         return next(self._of(FinetuneResult), None)
 
     @property
@@ -540,7 +548,7 @@ class Results:
 
 
 def _order(record: FeatureMeasurement) -> tuple[Any, ...]:
-    """Sort key: class labels before target tables, then by data set, linear before kNN, few labels first."""
+    """Return the key for sorting: class labels before tables, then by data set, linear before kNN, few labels first."""
     kinds = ("linear", "knn", "attentive")
     place = kinds.index(record.kind) if record.kind in kinds else len(kinds)
     budgets = record.budgets or (1 << 40,)

@@ -1,7 +1,7 @@
 """Stateless random numbers: every draw is a pure function of (seed, stream, epoch, dataset index).
 
-Each of the four is a separate input word of Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as
-1, 2, 3"); they are never added to each other. So order, crops and masks do not depend on the number of loader workers;
+Each of the four inputs is a separate input word of Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy
+as 1, 2, 3"), and no input is added to another. So order, crops and masks do not depend on the number of loader workers;
 a resumed run needs no generator state; and a mask is the same on CPU and GPU, because the same integer arithmetic runs
 on NumPy arrays and torch tensors.
 
@@ -27,7 +27,10 @@ ROUNDS = 10
 
 
 class Stream(IntEnum):
-    """The purpose of a draw. Results of runs depend on these numbers: append new ones, never renumber."""
+    """What random numbers are used for. Each purpose has its own stream of numbers.
+
+    Results of runs depend on these numbers, so append new members and never renumber existing ones.
+    """
 
     ORDER = 0
     CROP = 1
@@ -47,10 +50,10 @@ class Stream(IntEnum):
 
 
 def philox(counter: tuple[Array, Array, Array, Array], key: tuple[int, int]) -> tuple[Array, Array, Array, Array]:
-    """Apply Philox4x32-10 to a counter of four int64 arrays of 32-bit words. Returns the same format.
+    """Apply Philox4x32-10 to a counter of four int64 arrays of 32-bit words. The result has the same format.
 
     Signed 64-bit products overflow, but their low 64 bits are exact. The right shift keeps the sign, so the high word
-    is masked after it.
+    is masked after the shift.
     """
     c0, c1, c2, c3 = counter
     k0, k1 = key
@@ -90,7 +93,7 @@ def uniform(seed: int, stream: Stream, epoch: Array, index: Array, count: int) -
 
 
 def permutation(seed: int, epoch: int, count: int) -> np.ndarray:
-    """Return the order of the images in one epoch, (count,) int64, from 64-bit keys (0.2 s per million images)."""
+    """Return the order of the images in one epoch, (count,) int64, by sorting 64-bit random keys."""
     index = np.arange(count, dtype=np.int64)
     pair = words(seed, Stream.ORDER, epoch=np.full(count, epoch, np.int64), index=index, count=2)
     return np.lexsort((index, pair[:, 1], pair[:, 0]))
@@ -98,7 +101,7 @@ def permutation(seed: int, epoch: int, count: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Draws:
-    """The random draws of the images of one batch; `Clock.rng` of a method."""
+    """The random draws of the images of one batch, which methods get as `Clock.rng`."""
 
     seed: int
     epoch: Tensor  # (B,) int64.

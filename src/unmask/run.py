@@ -5,10 +5,10 @@
     heartbeat.json           during training: the newest step and its time
     checkpoints/  pictures/  evals/*.json  report.html  quarantine.jsonl
 
-Standard library only, so that reports load without torch. Files are written atomically: beside their final name,
-flushed to disk, then renamed. JSON files contain a digest and the id of their run (`system/verified_json.py`), which
-are checked on every read; checkpoints contain the id and the digests of config.json and plan.json. To change settings
-of a run, use `engine/edit_run.py`.
+This module imports the standard library only, so that reports load without torch. Files are written atomically: beside
+their final name, flushed to disk, then renamed. JSON files contain a digest and the id of their run
+(`system/verified_json.py`), which are checked on every read; checkpoints contain the id and the digests of config.json
+and plan.json. To change settings of a run, use `engine/edit_run.py`.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ from unmask.system.verified_json import ChangedJson, Verified
 
 CONFIG, PLAN, PROVENANCE, STATUS = "config.json", "plan.json", "provenance.json", "status.json"
 DECIDING = (PROVENANCE, PLAN, CONFIG)
-"""Files that determine the results. config.json is last: if it has a digest, the others have one too."""
+"""Files that determine the results. config.json is written last: if it has a digest, the others have a digest too."""
 EDITS = "edits"
 """Key of provenance.json with the changes made after the run began, see `engine/edit_run.py`."""
 REMEMBERED = (CONFIG, PLAN)
 """Files whose digests checkpoints store. Each of these files lists the digests of its earlier versions."""
-SHORT = 16  # hexadecimal digits of each listed digest: a time budget may change the plan a thousand times
+SHORT = 16  # hexadecimal digits of each listed digest; few, because a time budget may change the plan a thousand times
 UNFINISHED_FILES = re.compile(r"\.lock|config\.json|provenance\.json|quarantine\.jsonl|data\.arrays|\..*\.partial")
 UNFINISHED_CHECKPOINTS = re.compile(r"step-00000000|\.tmp-.*|fixed-.*\.safetensors|LATEST|\..*\.partial")
 
@@ -49,15 +49,15 @@ held_here: list[Run] = []
 
 
 class RunError(UserError):
-    """The folder is not a run, or a file in it cannot be read."""
+    """Raised if a folder is not a run, or a file in it cannot be read."""
 
 
 class RunInUse(RunError):
-    """Another process is training in this folder."""
+    """Raised if another process is training in the folder of a run."""
 
 
 class RunGone(TrainingFailed):
-    """The folder was deleted, moved or replaced during the training; it is not created again."""
+    """Raised if the folder was deleted, moved or replaced during the training. It is not created again."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Identity:
 
     @classmethod
     def of(cls, value: object) -> Identity:
-        """Return the identity in a JSON value; an empty one if there is none."""
+        """Return the identity that a JSON value contains, or an empty identity if it contains none."""
         if not isinstance(value, dict):
             return cls()
         found = {key: value.get(key) for key in ("run_id", "config", "plan")}
@@ -78,7 +78,10 @@ class Identity:
 
 
 class MetricsOffset(NamedTuple):
-    """Position in metrics.jsonl up to which rows were read. file: inode number, which reveals that it was replaced."""
+    """Position in metrics.jsonl up to which rows were read.
+
+    file: inode number, which shows whether the file was replaced.
+    """
 
     file: int
     byte: int
@@ -87,7 +90,8 @@ class MetricsOffset(NamedTuple):
 class MetricRows(list[dict[str, Any]]):
     """Logged rows.
 
-    offset: pass it to `Run.metrics` to read only newer rows. restarted: discard the rows that were read before.
+    offset: position to pass to `Run.metrics` to read only newer rows. restarted: whether the rows that were read before
+    must be discarded.
     """
 
     def __init__(self, rows: list[dict[str, Any]], offset: MetricsOffset, *, restarted: bool) -> None:
@@ -111,11 +115,14 @@ class Run:
         self._new_id: str | None = None  # Id of the run, once it is created or read from config.json.
         self._digests: dict[str, str | None] = {}  # Digests of REMEMBERED, as last read or written.
         self._lock: os.stat_result | None = None
-        self._status: dict[str, Any] = {}  # a status that could not be written to status.json
+        self._status: dict[str, Any] = {}  # the status, if it could not be written to status.json
 
     @classmethod
     def check_free(cls, path: str | Path) -> Run:
-        """Return the run that `create` would make, without making it. Raises RunError if the folder is in use."""
+        """Return the run that `create` would create, without creating it.
+
+        Raises RunError if `path` is not a free folder.
+        """
         run = cls(path)
         if run.path.is_dir() and (not any(run.path.iterdir()) or run.is_unfinished()):
             return run
@@ -152,16 +159,15 @@ class Run:
         fill: Callable[[Run], object] = lambda run: None,
         log: Callable[[str], object] = lambda text: None,
     ) -> Iterator[Run]:
-        """Context manager that creates a run and locks it. If the creation fails, everything is removed.
-
-        files: contents of config.json, provenance.json and plan.json. fill: writes the other initial files. log: prints
-        a message. plan.json is written last: a folder without it is unfinished, and a later `begin` may reuse it.
-        Raises RunError.
+        """Context manager that creates a run and locks it. If the creation fails, everything is removed. plan.json is
+        written last: a folder without plan.json is unfinished, and a later `begin` may reuse it. files: contents of
+        config.json, provenance.json and plan.json. fill: function that writes the other initial files. log: function
+        that prints a message. Raises RunError.
         """
         existed = cls.check_free(path).path.exists()
         run = cls.create(path)
         with run.lock():
-            cls.check_free(path)  # another process may have created a run here before this one got the lock
+            cls.check_free(path)  # another process may have created a run here before this process got the lock
             try:
                 if run._clear():
                     log(f"{path}: removed files of a run whose creation was interrupted")
@@ -235,7 +241,7 @@ class Run:
         return ours and all(UNFINISHED_CHECKPOINTS.fullmatch(entry.name) for entry in checkpoints)
 
     def _clear(self) -> bool:
-        """Remove files of an interrupted creation, under the lock. Returns whether there were any."""
+        """Remove files of an interrupted creation; return whether there were any. The caller holds the lock."""
         found = False
         for entry in [*self.checkpoints.iterdir(), *self.path.iterdir()]:
             if entry.name in (folder_lock.FILE, "checkpoints", "pictures", "evals"):
@@ -262,7 +268,10 @@ class Run:
         return Identity(self.id, self._digests.get(CONFIG), self._digests.get(PLAN))
 
     def why_foreign(self, found: Identity) -> str:
-        """Return why a checkpoint with this identity does not belong to this run, or "" if it does. Raises RunError."""
+        """Return why a checkpoint with this identity does not belong to this run, or "" if it belongs to it.
+
+        Raises RunError.
+        """
         if found.run_id != self.id:
             return f"it belongs to {_run_name(found.run_id)}, this is {_run_name(self.id)}"
         for name, digest in ((CONFIG, found.config), (PLAN, found.plan)):
@@ -287,7 +296,7 @@ class Run:
             self._digests[name] = digest
 
     def read(self, name: str) -> dict[str, Any]:
-        """Return the contents of a JSON file. Raises RunError if it is missing, modified or not a JSON object."""
+        """Return the contents of a JSON file. Raises RunError if the file is missing, modified or not a JSON object."""
         return self.verified(name).value
 
     def read_if_present(self, name: str) -> dict[str, Any]:
@@ -319,7 +328,7 @@ class Run:
         return found
 
     def _must_have_digest(self, name: str) -> bool:
-        """Return whether other files of the run show that this one was written with a digest."""
+        """Return whether other files of the run show that this file was written with a digest."""
         if name != CONFIG:
             if self.id is not None:
                 return True
@@ -332,7 +341,7 @@ class Run:
         return False
 
     def add_digests(self) -> None:
-        """Add digests to the DECIDING files of a run of an earlier version, so that later edits are detected."""
+        """Add digests to the DECIDING files of a run of an earlier version, so that later changes are detected."""
         for name in DECIDING:
             if (self.path / name).exists() and (found := self.verified(name)).sha256 is None:
                 self.write(name, found.value)
@@ -356,10 +365,9 @@ class Run:
         json_lines.append(self.metrics_file, row)
 
     def metrics(self, since: MetricsOffset | None = None) -> MetricRows:
-        """Return the logged rows, without a last line that a crash truncated. Raises RunError.
-
-        since: `offset` of the rows read before; only newer ones are read. If rows were removed since then, for
-        example by a resume or a rollback, all rows are returned and `restarted` is True.
+        """Return the logged rows, without a last line that a crash truncated. Raises RunError. since: `offset` of the
+        rows that were read before, to read only newer rows. If rows were removed since then, for example by a resume or
+        a rollback, all rows are returned and `restarted` is True.
         """
         try:
             with self.metrics_file.open("rb") as file:
@@ -397,10 +405,10 @@ class Run:
         seconds: float | None = None,
         error: str | None = None,
     ) -> None:
-        """Record the state, "running", "stopped", "finished" or "failed", and this process.
+        """Record the state ("running", "stopped", "finished" or "failed") and this process in status.json.
 
-        total: number of steps in all. seconds: training time. error: why it failed. Raises OSError, RunError, RunGone;
-        `status` returns the new state even then.
+        total: number of steps in all. seconds: training time. error: why the run failed. Raises OSError, RunError or
+        RunGone if the file cannot be written; `status` returns the new state even then.
         """
         optional = {"total": total, "seconds": seconds, "error": error}
         process = {"pid": os.getpid(), "host": socket.gethostname()}
@@ -413,7 +421,8 @@ class Run:
         self._status = {}
 
     def status(self) -> RunStatus:
-        """Return the last state, even if it could not be written; an empty one if the file is missing or damaged.
+        """Return the last status, even if it could not be written, or an empty status if the file is missing or
+        damaged.
 
         `status().health()` distinguishes a slow run from a dead one.
         """
@@ -428,7 +437,7 @@ class Run:
         return RunStatus.of(recorded, heartbeat if isinstance(heartbeat, dict) else {}, locked=locked)
 
     def write_heartbeat(self, step: int) -> None:
-        """Record that `step` steps are done now. Not flushed to disk. Raises OSError, RunGone."""
+        """Record that `step` steps are done now. The file is not flushed to disk. Raises OSError, RunGone."""
         self.require_present()
         partial = self.path / f".{self.heartbeat_file.name}.partial"
         partial.write_text(json.dumps({"time": time.time(), "step": step}))
@@ -436,7 +445,7 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        """Whether all steps are done and the result, if there is one, has been written."""
+        """Whether all steps are done, and the result of a supervised run has been written."""
         return self.status().state == "finished"
 
     def add_quarantine(self, row: dict[str, Any]) -> None:
@@ -444,7 +453,10 @@ class Run:
         json_lines.append(self.quarantine_file, row)
 
     def add_fault(self, row: dict[str, Any]) -> None:
-        """Record a skipped step and its images. A rollback removes them from metrics.jsonl, but not from here."""
+        """Record a skipped step and its images in faults.jsonl.
+
+        A rollback removes skipped steps from metrics.jsonl only.
+        """
         json_lines.append(self.faults_file, row)
 
     def quarantine(self) -> list[dict[str, Any]]:
@@ -489,7 +501,7 @@ def _run_name(run_id: str | None) -> str:
 
 
 def _remedy(name: str, path: Path) -> str:
-    """Return what the user can do about an unusable file."""
+    """Return how the user can replace or restore an unusable file."""
     if name == STATUS:
         return f"delete it and run: unmask resume {path.parent}"
     if name.startswith("evals/"):

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-SLOW_AFTER = 60.0  # seconds without a heartbeat
+SLOW_AFTER = 60.0  # seconds without a heartbeat after which a run counts as slow
 
 Health = Literal["ended", "training", "slow", "dead"]
 
@@ -21,7 +21,7 @@ class RunStatus:
     steps: number of optimiser steps done and in all. time: when the state was recorded, in seconds since 1970. seconds:
     training time. error: why the run failed. pid, host: the process that recorded the state. heartbeat: time of the
     last training step, in seconds since 1970, or None unless the run is running. locked: whether a process holds the
-    run's lock. Fields that runs of earlier versions did not record are None.
+    run's lock. Runs of earlier versions did not record all fields; the others are None.
     """
 
     state: str = ""
@@ -37,7 +37,7 @@ class RunStatus:
 
     @classmethod
     def of(cls, status: Mapping[str, Any], heartbeat: Mapping[str, Any], *, locked: bool) -> RunStatus:
-        """Build the record from the contents of status.json and heartbeat.json. Entries of a wrong type are ignored."""
+        """Build the status from the contents of status.json and heartbeat.json. Entries of a wrong type are ignored."""
         state, error, host = (status.get(key) for key in ("state", "error", "host"))
         running = state == "running"
         step = _number(status.get("step")) or 0
@@ -65,21 +65,21 @@ class RunStatus:
     def health(self, now: float | None = None) -> Health:
         """Return whether the run is training now.
 
-        "ended": it was stopped, finished or failed. "training": the last heartbeat is recent. "slow": the process is
-        alive, or may be alive on another machine, but has finished no step for `SLOW_AFTER` seconds; a large picture,
-        an evaluation or a checkpoint can take that long. "dead": the process is gone. now: seconds since 1970.
+        "ended": the run was stopped, finished or failed. "training": the last heartbeat is recent. "slow": the process
+        is alive, or may be alive on another machine, but has finished no step for `SLOW_AFTER` seconds; a large
+        picture, an evaluation or a checkpoint can take that long. "dead": the process is gone. now: seconds since 1970.
         """
         if self.state != "running":
             return "ended"
         latest = max(self.heartbeat or 0.0, self.time or 0.0)
         recent = (time.time() if now is None else now) - latest <= SLOW_AFTER
-        elsewhere = self.host is not None and self.host != socket.gethostname()  # its lock may not be visible here
+        elsewhere = self.host is not None and self.host != socket.gethostname()  # this machine may not see the lock
         if not self.locked and not elsewhere:
             return "dead"
         return "training" if recent else "slow"
 
     def to_json(self) -> dict[str, Any]:
-        """Return the fields as a JSON object, without those that are None."""
+        """Return the fields that are not None as a JSON object."""
         found = {
             "state": self.state, "step": self.step, "time": self.time, "total": self.steps, "seconds": self.seconds,
             "error": self.error, "pid": self.pid, "host": self.host, "heartbeat": self.heartbeat,

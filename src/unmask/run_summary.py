@@ -1,7 +1,7 @@
 """A summary of a run as one typed record, for `unmask ls` and for the display of a `Run` in Python or a notebook.
 
-Only reads the run folder and does not import torch. Fields from missing or damaged files are None, because a list of
-runs shows damaged runs too.
+The module only reads the run folder and does not import torch. Fields from missing or damaged files are None, because a
+list of runs shows damaged runs too.
 """
 
 from __future__ import annotations
@@ -22,7 +22,10 @@ from unmask.system import folder_lock
 
 
 class RunFolder(Protocol):
-    """The members of `Run` that this module uses; `run.py` imports this module, so it cannot import `Run`."""
+    """The members of `Run` that this module uses.
+
+    The class itself cannot be imported, because `run.py` imports this module.
+    """
 
     path: Path
     evals: Path
@@ -40,7 +43,7 @@ class RunSummary:
     """Summary of a run.
 
     size: (H, W) of the images in pixels. loss: loss of the last logged step. probe: the newest result, in words. bytes:
-    size on disk. changed: time of the last change of any file, in seconds since 1970.
+    size on disk. changed: time at which a file of the run last changed, in seconds since 1970.
     """
 
     path: str
@@ -96,7 +99,7 @@ def _files(folder: Path) -> Iterator[os.stat_result]:
 
 
 def as_html(run: RunFolder) -> str:
-    """Return a small HTML table of the run, with its newest picture, for notebooks. It needs no network."""
+    """Return a small HTML table of the run with its newest picture, for notebooks. The HTML needs no network."""
     found = summarise(run)
     size = "" if found.size is None else f"{found.size[0]} x {found.size[1]} pixels"
     rows = {

@@ -1,4 +1,4 @@
-"""Base class of all settings: immutable and typed; an unknown key is an error.
+"""Base class of all settings, which are immutable and typed, and reject unknown keys.
 
 `config.py` composes the settings of a run and parses `--set KEY=VALUE`.
 """

@@ -41,7 +41,7 @@ def same(a, b):
     return all(torch.equal(a[name], value) for name, value in b.items())
 
 
-# ------------------------------------------------------------------------------------------------------------ creation
+# Creation
 
 
 class Killed(BaseException):
@@ -160,7 +160,7 @@ def test_folder_with_other_files_is_never_reused(images, tmp_path):
     assert checkpoint.newest_step(run) == 1
 
 
-# ---------------------------------------------------------------------------------------------------------------- lock
+# Lock
 
 
 def test_child_of_a_killed_process_does_not_keep_the_lock(tmp_path):
@@ -219,7 +219,7 @@ def test_messages_about_the_holder_of_a_lock():
         stopped.wait()
 
 
-# -------------------------------------------------------------------------------------------------------- finished runs
+# Finished runs
 
 
 def classes(folder):
@@ -300,7 +300,7 @@ def test_run_without_its_checkpoints_does_not_restart(images, tmp_path, state, l
     assert run.metrics_file.read_bytes() == rows
 
 
-# ---------------------------------------------------------------------------------------------- failures of other files
+# Failures of other files
 
 
 def block(path):
@@ -353,7 +353,7 @@ def test_folder_that_replaces_the_run_during_training_is_unchanged(images, tmp_p
     assert resume(tmp_path / "moved", console=QUIET).finished
 
 
-# -------------------------------------------------------------------------------------------------------- interruptions
+# Interruptions
 
 
 @pytest.mark.slow

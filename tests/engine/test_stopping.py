@@ -72,7 +72,7 @@ def steps_of(run: Path) -> int:
     return len(file.read_bytes().splitlines()) if file.exists() else 0
 
 
-# ----------------------------------------------------------------------------------------------------------- the loader
+# The loader
 
 
 @pytest.mark.parametrize("evaluating", [False, True])
@@ -232,7 +232,7 @@ def test_stall_limit_must_be_a_number(monkeypatch, text):
         stalls.stall_seconds()
 
 
-# -------------------------------------------------------------------------------------------------------- the watchdog
+# The watchdog
 
 
 def test_step_that_never_ends_fails_and_writes_stacks(images, tmp_path, monkeypatch):
@@ -296,7 +296,7 @@ def test_step_that_finishes_during_the_stall_report_continues():
     naps(2)
 
 
-# ------------------------------------------------------------------------------------------------------ stop requests
+# Stop requests
 
 
 def test_stop_request_raises_only_in_interruptible_parts():
@@ -370,7 +370,7 @@ def run_script(tmp_path: Path, code: str, *arguments: object, **environment: str
     )
 
 
-# ----------------------------------------------------------------------------------- worker processes and their parents
+# Worker processes and their parents
 
 
 def gone(process: int) -> bool:
@@ -517,7 +517,7 @@ def test_script_without_a_main_guard_is_rejected_under_spawn(tmp_path, images, g
         assert 'put the call under `if __name__ == "__main__":`' in done.stderr
 
 
-# -------------------------------------------------------------------------------------------------------- the launchers
+# The launchers
 
 
 @pytest.mark.parametrize(
@@ -564,7 +564,7 @@ def test_all_training_commands_reject_launchers_first(monkeypatch, capsys, tmp_p
         pretrain(tmp_path)
 
 
-# ----------------------------------------------------------------------------------------------------- use as a library
+# Use as a library
 
 
 def test_default_dtype_float64_changes_nothing(images, tmp_path):

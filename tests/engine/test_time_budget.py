@@ -49,7 +49,7 @@ def plan(**more):
     return Plan(**{**about, **more})
 
 
-# -------------------------------------------------------------------------------------------------------- the schedule
+# The schedule
 
 
 def test_schedule_without_replans_is_bit_identical_to_the_plain_one():
@@ -98,7 +98,7 @@ def test_inconsistent_replans_are_rejected(replans, steps):
         plan(steps=steps, replans=tuple(entries))
 
 
-# ----------------------------------------------------------------------------------------------- decisions of the pacer
+# Decisions of the pacer
 
 PACES = {
     "as measured": lambda share, rng: STEP,
@@ -159,7 +159,7 @@ def test_most_of_a_budget_is_used_for_training(clock):
     assert pacer.affords("test", closing=4.0)
 
 
-# ------------------------------------------------------------------------------------------------- in the training loop
+# In the training loop
 
 
 def timed_steps(clock, seconds, *, die_at=None):

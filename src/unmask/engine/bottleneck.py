@@ -33,7 +33,7 @@ MARGIN = 1.2  # Loading should be faster than the step by this factor, so that s
 STORAGE, DECODING, TRANSFORM, STEP = "storage", "decoding", "transform", "step"
 
 
-# -------------------------------------------------------------------------------------------------- where the time goes
+# Where the time goes
 
 
 @dataclass(frozen=True)

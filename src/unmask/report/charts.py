@@ -11,12 +11,12 @@ from markupsafe import Markup
 from unmask.report.training_log import smooth
 from unmask.results import PRETRAINED, BaselineLosses, CurveResult
 
-INK = "#010203"  # replaced by the text colour of the page
+INK = "#010203"  # placeholder that is replaced by the text colour of the page
 LOSS_COLOUR, HELD_OUT_COLOUR = "#2f7ebc", "#0b7a75"
 COLOURS = ("#c0392b", "#d68910", "#7d3c98", "#1e8449")
 MORE_COLOURS = ("#7f8c8d", "#8d5524", "#d6336c")
 BASELINES = {
-    "true_patch_mean": "the true mean colour of each hidden patch, which the model is not given",
+    "true_patch_mean": "the true mean colour of each hidden patch, which the model does not know",
     "visible_mean": "the mean of all visible patches",
     "nearest_visible": "a copy of the nearest visible patch",
     "data_mean_colour": "the mean colour of all images",
@@ -61,7 +61,10 @@ def loss_chart(trained: Sequence[Mapping[str, Any]], baselines: BaselineLosses |
 
 
 def tests_chart(tested: Sequence[Mapping[str, Any]], metric: str) -> Markup | None:
-    """Draw the tests during training; None for fewer than two. tested: rows of metrics.jsonl with `test_` keys."""
+    """Draw the scores of the tests during training; return None if there are fewer than two.
+
+    tested: rows of metrics.jsonl with `test_` keys.
+    """
     if len(tested) < 2:
         return None
     plain, averaged = f"test_{metric}", f"test_averaged_{metric}"
@@ -83,7 +86,10 @@ def tests_chart(tested: Sequence[Mapping[str, Any]], metric: str) -> Markup | No
 
 
 def curve_chart(curve: CurveResult) -> Markup:
-    """Draw accuracy over labels per class, a line for each feature set and pooling with 95% intervals as bars."""
+    """Draw accuracy over the number of labels per class, with 95% intervals as bars.
+
+    There is one line for each feature set and pooling.
+    """
     from matplotlib.ticker import NullLocator, PercentFormatter
 
     names = sorted({row.features for row in curve.rows}, key=lambda name: (name != PRETRAINED, name))
@@ -117,7 +123,10 @@ def curve_chart(curve: CurveResult) -> Markup:
 
 
 def to_svg(draw: Callable[[Any], None], *, size: tuple[float, float]) -> Markup:
-    """Render a matplotlib figure as SVG in the text colour of the page. draw: called with the figure. size: inches."""
+    """Render a matplotlib figure as SVG in the text colour of the page.
+
+    draw: function that draws on the figure. size: width and height in inches.
+    """
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 

@@ -1,10 +1,11 @@
 """Draw a `Picture` as one PNG: a row per image, a column per panel, captions above and a note below.
 
 Images may have any dtype and any number of channels. One channel is drawn in gray, three as red, green and blue. With
-more channels, only the first three are drawn; with two, blue is black. The note states this. Eight-bit images are drawn
-unchanged. For other dtypes, the 1st and 99th percentile of each channel of the first panel (the original), over all
-images, become black and white, and all panels are stretched alike, so that columns can be compared. Non-finite values
-are drawn in magenta, which the note explains. Absent pixels (no data) are a checkerboard in every panel.
+more channels, only the first three are drawn; with two channels, blue is 0. The note states this. Eight-bit images are
+drawn unchanged. For other dtypes, the 1st and 99th percentile of each channel of the first panel (the original), over
+all images, become black and white, and all panels are stretched alike, so that columns can be compared. Non-finite
+values are drawn in magenta, and the note explains the colour. Absent pixels (no data) are a checkerboard in every
+panel.
 
 Letters: B images, C channels, H x W pixels.
 """
@@ -25,11 +26,11 @@ from unmask.system.atomic_files import replace_file
 
 SMALLEST_CELL = 112  # smallest side of a drawn image in pixels; small images are enlarged by a whole factor
 LARGEST_CELL = 320
-NARROWEST_SHEET = 640  # wide enough for a readable note
+NARROWEST_SHEET = 640  # minimum width of the sheet in pixels, so that the note is readable
 GAP, MARGIN = 6, 18
 PAPER, INK, FAINT = (255, 255, 255), (30, 30, 30), (105, 105, 105)
 NOT_FINITE = (255, 0, 255)
-SQUARES, SQUARE = (200, 235), 4  # checkerboard: its two grays, and the side of a square in pixels of the image
+SQUARES, SQUARE = (200, 235), 4  # checkerboard: its two gray values, and the side of a square in pixels of the image
 TITLE_SIZE, TEXT_SIZE, NAME_SIZE = 17, 13, 11
 LEADING = 5
 
@@ -39,9 +40,9 @@ Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 def draw(picture: Picture, dtype: str, path: Path, title: str, names: Sequence[str] = ()) -> None:
     """Write `picture` to `path` as a PNG, atomically.
 
-    dtype: of the files ("uint8", "uint16", "float32"); the panels have the units of the files. names: one per image,
-    written below its row; by default those of the picture, if any. Raises UserError if the folder does not exist or the
-    name does not end in .png.
+    dtype: dtype of the files ("uint8", "uint16" or "float32"), in whose units the panels are. names: a text for each
+    image, drawn below its row (default: the names in the picture, if any). Raises UserError if the folder does not
+    exist or the name does not end in .png.
     """
     require_png(path)
     file = io.BytesIO()
@@ -50,7 +51,7 @@ def draw(picture: Picture, dtype: str, path: Path, title: str, names: Sequence[s
 
 
 def require_png(path: Path) -> None:
-    """Raise UserError if no PNG can be written to this path. Called before any work is done."""
+    """Raise UserError if no PNG can be written to this path. Callers check this before they begin any work."""
     if path.suffix.lower() != ".png":
         raise UserError(f"got picture file {path}; expected a name that ends in .png")
     if not path.resolve().parent.is_dir():
@@ -58,7 +59,7 @@ def require_png(path: Path) -> None:
 
 
 def compose(picture: Picture, dtype: str, title: str, names: Sequence[str] = ()) -> Image.Image:
-    """Return the image that `draw` writes."""
+    """Return the image that `draw` writes to a file."""
     columns = to_rgb(picture.panels, dtype, picture.valid)
     count, height, width, _ = next(iter(columns.values())).shape
     cell_height, cell_width = cell_size(height, width)
@@ -113,7 +114,7 @@ def in_numbers(numbers: Mapping[str, Tensor]) -> str:
 
 
 def _about_channels(panels: Mapping[str, Tensor]) -> list[str]:
-    """Return sentences about how channels and non-finite values are drawn."""
+    """Return sentences that explain how channels and non-finite values are drawn."""
     channels, said = next(iter(panels.values())).shape[1], []
     if channels not in (1, 3):
         shown = "channels 1, 2 and 3 as red, green and blue" if channels > 3 else "channels 1 and 2 as red and green"
@@ -160,7 +161,7 @@ def to_rgb(panels: Mapping[str, Tensor], dtype: str, valid: Tensor | None = None
 
 
 def _stretch(original: np.ndarray, dtype: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return the value that becomes black, and its distance to white, for each channel: both (C,) float64."""
+    """Return (value that becomes black, value that becomes white minus this), each (C,) float64."""
     channels = original.shape[1]
     low, high = np.zeros(channels), np.full(channels, 255.0)
     if dtype != "uint8":
@@ -170,13 +171,13 @@ def _stretch(original: np.ndarray, dtype: str) -> tuple[np.ndarray, np.ndarray]:
             low[channel], high[channel] = np.percentile(values, (1, 99)) if len(values) else (0, 1)
             if high[channel] <= low[channel] and len(
                 values
-            ):  # constant except for a few pixels, which should stay visible
+            ):  # the channel is constant except for a few pixels, which should stay visible
                 low[channel], high[channel] = values.min(), values.max()
     return low, np.where(high > low, high - low, 1.0)
 
 
 def _three(panel: np.ndarray) -> np.ndarray:
-    """Return RGB panels (B, 3, H, W) from (B, C, H, W)."""
+    """Convert panels (B, C, H, W) to RGB panels (B, 3, H, W)."""
     if panel.shape[1] == 1:
         return np.repeat(panel, 3, axis=1)
     if panel.shape[1] == 2:
@@ -185,7 +186,10 @@ def _three(panel: np.ndarray) -> np.ndarray:
 
 
 def wrap(text: str, font: Font, width: int) -> list[str]:
-    """Wrap text to lines of at most `width` pixels, between words, or within a word that is wider."""
+    """Wrap text to lines of at most `width` pixels.
+
+    Lines break between words, or within a word that is wider than a line.
+    """
     lines: list[str] = []
     for word in text.split():
         if lines and font.getlength(f"{lines[-1]} {word}") <= width:
@@ -200,7 +204,7 @@ def wrap(text: str, font: Font, width: int) -> list[str]:
 
 
 def shorten(text: str, font: Font, width: int) -> str:
-    """Shorten text to one line of `width` pixels. Keeps the end, which is the file name of a path."""
+    """Shorten text to one line of `width` pixels, keeping the end, which is the file name of a path."""
     text = " ".join(text.split())
     if font.getlength(text) <= width:
         return text

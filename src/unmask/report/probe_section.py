@@ -22,7 +22,7 @@ class Bar:
 
 @dataclass(frozen=True)
 class ScoreRow:
-    """A score as text and bar. best: whether it is the highest of its table."""
+    """A score as text and bar. best: whether it is the highest score of its table."""
 
     score: FeatureScore
     text: str
@@ -35,9 +35,9 @@ class ScoreRow:
 class ProbeSection:
     """Contents of the section of one probe.
 
-    rows: rows of a probe's table; () for a curve, whose rows are in `record`. reference: the score of a baseline that
-    uses no image, in words; "" if there is none. reference_at: position of its line on the bars, or None. notes:
-    sentences below the table.
+    rows: rows of the table of scores, or () for a label-budget curve, whose rows are in `record`. reference: sentence
+    about the score of a baseline that uses no image, or "" if there is no such baseline. reference_at: position of the
+    baseline's line on the bars, or None. notes: sentences below the table.
     """
 
     title: str
@@ -55,7 +55,7 @@ def probe_section(record: ProbeResult | CurveResult) -> ProbeSection:
     if isinstance(record, CurveResult):
         return ProbeSection(title, record, chart=curve_chart(record))
     values = {row.value for row in record.rows}
-    highest = max(values) if len(values) > 1 else None  # if all scores are equal, none is best
+    highest = max(values) if len(values) > 1 else None  # if all scores are equal, no score is marked as best
     reference = "" if record.chance is None else f"chance, {show_score(record.chance, record.metric)}"
     if record.metric == R2:
         reference = "a constant prediction, 0.000"
@@ -71,7 +71,7 @@ def probe_section(record: ProbeResult | CurveResult) -> ProbeSection:
 
 
 def full_width(record: ProbeResult) -> float:
-    """Return the score of a full bar: 1, or the highest score of the table if that is larger."""
+    """Return the score that a bar of full width stands for: 1, or the highest score of the table if that is larger."""
     highest = max((value for row in record.rows for value in (row.value, row.high or 0.0)), default=1.0)
     return max(1.0, highest)
 
@@ -86,7 +86,7 @@ def _score_row(row: FeatureScore, metric: str, width: float, *, best: bool) -> S
 
 
 def how_measured(row: FeatureScore) -> str:
-    """Describe features other than those of the last layer without masks: 'layer 6 of 12, under one mask'."""
+    """Describe layer and masks of features, such as 'layer 6 of 12, under one mask'; "" for the usual ones."""
     words = [] if row.layer is None else [f"layer {row.layer.number} of {row.layer.last}"]
     if row.votes is not None:
         words.append("under one mask" if row.votes == 1 else f"majority over {row.votes} masks")
@@ -106,7 +106,7 @@ def _notes(record: ProbeResult) -> list[str]:
 
 @dataclass(frozen=True)
 class ImageNames:
-    """Names of the labelled images, the test images and the table of targets in a title."""
+    """Names of the labelled images, of the test images and of the table of targets, as used in a title."""
 
     data: str
     test: str
@@ -114,7 +114,7 @@ class ImageNames:
 
 
 def probe_title(record: FeatureMeasurement) -> str:
-    """Return the title of a probe: the kind, the images, and the options that differ from the defaults."""
+    """Return the title of a probe: its kind, its images, and the options that differ from the defaults."""
     data = str(record.data)
     targets = record.targets.path if record.targets is not None else ""
     return title_with(record, ImageNames(data, record.test.describe(data), targets))

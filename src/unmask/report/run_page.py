@@ -1,8 +1,8 @@
-"""Write `report.html`, which shows the training of a run and the quality of its features, as a single file.
+"""Write `report.html`, a single file that shows the training of a run and the quality of its features.
 
-Reads only the run folder, so it works on runs that are training, were stopped, or were copied from another machine.
-Loads no torch. A run inside the run folder (the demo's `digits`) becomes a section of the same page. The layout is in
-`templates/report.html.jinja`.
+Only the run folder is read, so reports can be written for runs that are training, were stopped, or were copied from
+another machine. Loads no torch. A run inside the run folder (the demo's `digits`) becomes a section of the same page.
+The layout is in `templates/report.html.jinja`.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class FinetuneSection:
-    """Contents of the page for a supervised run: the score in words and per class, and a chart of the tests."""
+    """Contents of the page for supervised runs only: the score in words and per class, and a chart of tests."""
 
     sentence: str
     metric: str
@@ -88,7 +88,7 @@ def warn(text: str) -> None:
 def write_report(path: str | Path, *, log: Callable[[str], object] = warn) -> Path:
     """Write `report.html` into the run and return its path. Raises RunError if the folder is not a run.
 
-    log: called with a message for each damaged file; the page shows the message instead of the numbers.
+    log: function that prints a message for each damaged file; the page shows the message instead of the numbers.
     """
     run = Run.open(path)
     inner = [Run(folder.parent) for folder in sorted(run.path.glob("*/config.json"))]
@@ -134,7 +134,7 @@ def run_section(run: Run) -> RunSection:
 
 
 def probe_sections(results: Results) -> list[ProbeSection]:
-    """Return a section for every probe and label-budget curve, with those of class labels first."""
+    """Return a section for every probe and label-budget curve, beginning with results on class labels."""
     records = [*results.probes, *results.curves]
     return [probe_section(record) for record in sorted(records, key=lambda record: record.targets is not None)]
 
@@ -147,7 +147,7 @@ T = TypeVar("T")
 
 
 def _or_fault(read: Callable[[], T], otherwise: T, faults: list[str]) -> T:
-    """Return the result of `read`; for a file that cannot be used, add the error to `faults` and return `otherwise`."""
+    """Return the result of `read`. If the file cannot be used, add the error to `faults` and return `otherwise`."""
     try:
         return read()
     except RunError as error:
@@ -179,7 +179,7 @@ def _facts(plan: Mapping[str, Any], status: RunStatus, trained: Sequence[Row]) -
 
 
 def _pictures(run: Run) -> list[Picture]:
-    """Return the first picture, the one nearest to the middle of training, and the last."""
+    """Return the first picture, the picture nearest to the middle of training, and the last picture."""
     files = sorted(run.pictures.glob("step-*.png"))
     steps = [int(file.stem.removeprefix("step-")) for file in files if file.stem.removeprefix("step-").isdigit()]
     if len(files) != len(steps):
@@ -194,7 +194,7 @@ def _pictures(run: Run) -> list[Picture]:
 
 
 def finetune_section(result: FinetuneResult | None, metrics: Sequence[Row]) -> FinetuneSection | None:
-    """Describe the test result of a supervised run; None if it has not been tested."""
+    """Describe the test result of a supervised run, or return None if the run has not been tested."""
     if result is None:
         return None
     name = METRICS.get(result.metric, result.metric)
@@ -214,7 +214,7 @@ def finetune_section(result: FinetuneResult | None, metrics: Sequence[Row]) -> F
 
 
 def loss_note(trained: Sequence[Row], baselines: BaselineLosses | None) -> str:
-    """Describe the final loss, and compare it with the baselines on the same fixed images."""
+    """Describe the final loss, and compare the loss on fixed images with the baselines on the same images."""
     if not trained:
         return "No step has been logged yet."
     text = f"Final training loss {last_loss(trained):.3f} (mean of the last 5 % of the logged steps)."

@@ -18,7 +18,7 @@ def trained_rows(metrics: Sequence[Row]) -> list[Row]:
 
 
 def training_seconds(trained: Sequence[Row]) -> float:
-    """Return the seconds of training without pauses, computed from images and images per second."""
+    """Return the seconds of training without pauses, computed from the numbers of images and the images per second."""
     before, seconds = 0, 0.0
     for row in trained:
         seconds += (row["images"] - before) / max(1e-9, row["images_per_second"])
@@ -27,12 +27,12 @@ def training_seconds(trained: Sequence[Row]) -> float:
 
 
 def last_loss(trained: Sequence[Row]) -> float:
-    """Return the mean loss of the last 5 % of the rows."""
+    """Return the mean loss of the last 5 % of the logged rows."""
     return statistics.mean(row["loss"] for row in trained[-max(1, len(trained) // 20) :])
 
 
 def smooth(steps: Sequence[int], losses: Sequence[float]) -> tuple[list[float], list[float]]:
-    """Smooth the losses: return means of steps and losses over at most MOST_POINTS intervals of equal length."""
+    """Smooth the losses: return the means of steps and of losses in at most MOST_POINTS intervals of equal length."""
     pieces = min(MOST_POINTS, len(steps))
     edges = [round(i * len(steps) / pieces) for i in range(pieces + 1)]
     spans = [slice(a, b) for a, b in pairwise(edges)]

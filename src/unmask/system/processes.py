@@ -29,7 +29,7 @@ STACKS_SIGNAL = getattr(signal, "SIGUSR2", None)  # on this signal a worker writ
 _PR_SET_PDEATHSIG = 1
 
 
-# ------------------------------------------------------------------------------------------------- in a worker process
+# In a worker process
 
 
 def begin_worker() -> None:
@@ -69,7 +69,7 @@ def answer_with_stacks(file: int) -> None:
         faulthandler.register(STACKS_SIGNAL, file=file, all_threads=True)
 
 
-# -------------------------------------------------------------------------------------------------- in the main process
+# In the main process
 
 
 @contextmanager
@@ -153,7 +153,7 @@ def _guarded(script: Path, line: int) -> bool:
     )
 
 
-# --------------------------------------------------------------------------------------------------------- launchers
+# Launchers
 
 
 _LAUNCHERS = {
