@@ -1,13 +1,13 @@
 """The interface of supervised methods (`tasks/`): a `Task` is a `Method` that predicts and is tested on other images.
 
-    annotation             the kind of annotation that the task predicts: a class, a mask or boxes
+    annotation the kind of annotation that the task predicts: classes, masks or boxes
     predict(images)        one prediction per image
     measure(batches, ...)  metrics of the predictions on annotated images
     headline               the metrics to report during training; the first one is the score
     recipe                 the recipe of its training, or the first word of its recipes' names
     describe(values)       those metrics in words
 
-Fine-tuning, testing, prediction and export use these members only and do not depend on the task. To add a task, add one
+Fine-tuning, testing, prediction and export use these members only, so they work for every task. To add a task, add one
 file to `tasks/` with a `Config(TaskConfig)` and one subclass of `Task`, and a recipe.
 """
 
@@ -31,13 +31,13 @@ if TYPE_CHECKING:
 Annotation = Literal["classes", "masks", "boxes"]
 """One class per image, one class per pixel, or boxes with a class each."""
 RecipeChoice = Literal["nothing", "width", "width and labels"]
-"""The properties by which the recipe of a task is chosen: width of the encoder, number of labelled images."""
+"""The properties that determine the recipe of a task: the width of the encoder, the number of labelled images."""
 Prediction = TypeVar("Prediction")
 Truth = TypeVar("Truth")
 
 
 class TaskConfig(MethodConfig):
-    """Base of every task's settings. classes: names, in the order of the class numbers."""
+    """Base class of every task's settings. classes: names of the classes, in the order of the class numbers."""
 
     encoder: ViTConfig
     classes: tuple[str, ...]
@@ -50,17 +50,19 @@ class TaskConfig(MethodConfig):
     def mask_options(self, *, of_training_images: bool) -> MaskOptions | None:
         """Return how to read masks, or None for tasks without masks.
 
-        of_training_images: whether the masks belong to the training images; others may be stored in another way.
+        of_training_images: whether the masks belong to the training images; masks of test images may be stored
+        differently.
         """
         return None
 
 
 class Task(Method, Generic[Prediction, Truth]):
-    """A supervised method; see the module docstring. `classes`: names, in the order of the class numbers.
+    """A supervised method; see the module docstring.
 
     Prediction: type of one prediction. Truth: type of the annotations of the test images, or None for classes, which
-    are in the batches. title: the task's name for messages. recipe: its recipe, or the first word of the names of its
-    recipes. recipe_depends_on: the properties by which one of several recipes is chosen.
+    are in the batches. title: name of the task for messages. classes: names of the classes, in the order of the class
+    numbers. recipe: the task's recipe, or the first word of the names of its recipes. recipe_depends_on: the properties
+    by which one of several recipes is chosen.
     """
 
     annotation: ClassVar[Annotation]
@@ -73,23 +75,23 @@ class Task(Method, Generic[Prediction, Truth]):
 
     @classmethod
     def whole_images(cls) -> bool:
-        """Return whether test images are resized to the encoder's input size as a whole, instead of cropped."""
+        """Return whether whole test images are resized to the encoder's input size, instead of cropped to it."""
         return cls.annotation != "classes"
 
     @abstractmethod
     def predict(
         self, images: Tensor, sizes: Sequence[tuple[int, int]] | None = None, *, scale: Scale | None = None
     ) -> list[Prediction]:
-        """Return one prediction per image. Called without gradients, in eval mode.
+        """Return one prediction per image. The caller disables gradients and sets eval mode.
 
-        images: (B, C, H, W) in the files' units. sizes: (H, W) of each image file; masks and boxes are returned in its
-        pixels. None: in pixels of `images`. scale: see `ImageEncoder.accept`. Raises UserError for images that the
+        images: (B, C, H, W) in the files' units. sizes: (H, W) of each image file, in whose pixels masks and boxes are
+        returned (None: in pixels of `images`). scale: see `ImageEncoder.accept`. Raises UserError for images that the
         encoder cannot accept.
         """
 
     @abstractmethod
     def measure(self, batches: Iterable[Batch], truth: Truth) -> Measurement:
-        """Compare predictions with annotations. Called in eval mode, without gradients, under the caller's autocast.
+        """Compare predictions with annotations. The caller sets eval mode and autocast, and disables gradients.
 
         Raises UserError if no metric can be computed.
         """

@@ -84,7 +84,7 @@ def test_budget_gives_steps_with_a_reserve(budget, used, each, steps):
     left = Budget(budget, -used)
     found, _, why = choose_steps(small("train.steps=3"), 1000, budget=left, step_seconds=exactly(each))
     assert found == steps
-    assert "measurements) each, in a budget of" in why
+    assert "measurements), in a budget of" in why
 
 
 @pytest.mark.parametrize(("budget", "used"), [(1.0, 0.0), (60.0, 40.0)])

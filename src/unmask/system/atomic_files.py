@@ -1,4 +1,4 @@
-"""Write files atomically: after a crash, the old or the new content is there, never a part."""
+"""Write files atomically: after a crash, a file has its old or its new content, never a part of it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from unmask.errors import name_in_errors
 
 
 def free_path(path: Path) -> Path:
-    """Return `path` if nothing exists there, else the first free one of `path`-2, `path`-3, ..."""
+    """Return `path` if nothing exists there, else the first of `path`-2, `path`-3, ... at which nothing exists."""
     number, free = 2, path
     while free.exists():
         free, number = path.with_name(f"{path.name}-{number}"), number + 1
@@ -29,7 +29,8 @@ def replace_file(path: Path, content: bytes) -> None:
 def replacing(path: Path) -> Iterator[BufferedRandom]:
     """Context manager that opens a temporary file, and renames it to `path` on success or removes it on failure.
 
-    The file is written beside `path` and flushed to disk before it is renamed; the folder entry is flushed too.
+    The temporary file is in the same folder and is flushed to disk before it is renamed. The folder entry is flushed
+    too.
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:

@@ -1,4 +1,4 @@
-"""Convert results in RUN/evals that were written by versions before 0.2 to the current format.
+"""Convert results in RUN/evals that versions before 0.2 wrote to the current format.
 
 Such results lack the key `record`. Their type is determined from their keys, never from their file names.
 """
@@ -19,7 +19,10 @@ SHARES = ("accuracy", "mean_iou", "pixel_accuracy", "ap", "ap50", "ap75")  # key
 
 
 def from_earlier_version(found: Mapping[str, Any]) -> dict[str, Any]:
-    """Convert a JSON object without the key `record` to one that `results.from_json` accepts. Raises UserError."""
+    """Convert a JSON object without the key `record` to an object that `results.from_json` accepts.
+
+    Raises UserError.
+    """
     if {"losses", "guesses", "images"} <= found.keys():
         return {"record": "baselines", **found}
     tuned = "rows" not in found and found.get("metric", "accuracy") in found

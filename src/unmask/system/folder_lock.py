@@ -1,4 +1,5 @@
-"""Advisory lock on a folder for one process at a time. The system releases it when the process dies for any reason.
+"""Advisory lock on a folder for one process at a time. The system releases the lock when the process dies for any
+reason.
 
 An `flock` belongs to the open file, which forked processes inherit: a loader worker that outlives its trainer would
 keep the folder locked. So every process that is forked from the holder of a lock closes its copy immediately.
@@ -17,18 +18,18 @@ from pathlib import Path
 
 try:
     import fcntl
-except ImportError:  # Windows: two processes that train in one folder are then not detected
+except ImportError:  # on Windows; there, two processes that train in one folder are not detected
     fcntl = None
 
 
 FILE = ".lock"
-GRACE = 1.0  # seconds: a process that was just killed needs a moment to close its files
+GRACE = 1.0  # seconds to retry, because a process that was just killed needs a moment to close its files
 
 _held: set[int] = set()  # file descriptors of the locks that this process holds
 
 
 class Locked(Exception):
-    """Another process has locked the folder. The message continues a sentence whose subject is the folder."""
+    """Raised if another process has locked the folder. The message continues a sentence whose subject is the folder."""
 
 
 @contextmanager
@@ -39,19 +40,19 @@ def locked(folder: Path, *, grace: float = GRACE) -> Iterator[int]:
     _held.add(handle)
     try:
         _acquire(handle, time.monotonic() + grace)
-        with suppress(OSError):  # such as a full disk: the content only serves messages of other processes
+        with suppress(OSError):  # for example, a full disk; only messages use the content
             os.ftruncate(handle, 0)
             about = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
             os.pwrite(handle, json.dumps(about).encode() + b"\n", 0)
         yield handle
     finally:
-        if handle in _held:  # a forked process has closed it already, and the number may belong to another file
+        if handle in _held:  # a forked process has already closed its copy, and the number may belong to another file
             _held.discard(handle)
             os.close(handle)
 
 
 def is_held(folder: Path) -> bool:
-    """Return whether a process has locked `folder`, or True if that cannot be determined. Creates no file."""
+    """Return whether a process has locked `folder`, or True if that cannot be determined. No file is created."""
     if fcntl is None:
         return True
     try:
@@ -61,7 +62,7 @@ def is_held(folder: Path) -> bool:
     except OSError:
         return True
     try:
-        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)  # released at once, and `locked` retries for GRACE seconds
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)  # released at once; other processes retry for GRACE seconds
     except OSError:
         return True
     finally:
@@ -100,7 +101,7 @@ def describe_holder(content: bytes) -> str:
     try:
         about = json.loads(content)
         pid, host, since = int(about["pid"]), str(about["host"]), str(about["since"])
-    except (ValueError, TypeError, KeyError):  # not written yet, or written by an earlier version
+    except (ValueError, TypeError, KeyError):  # the holder has not written the file yet, or is an earlier version
         return "is in use by another process; wait for it, or stop it"
     if host != socket.gethostname():
         return f"is in use by process {pid} on {host}, since {since}; wait for it, or stop it there"

@@ -10,12 +10,12 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from unmask.errors import ForeignError
 
-MOST_BYTES = 64 << 20  # Limit for a JSON file or header; the largest published ones have a few MiB.
-LARGEST = 65_536  # Limit for any dimension of a network, and for the sides of an image in pixels.
+MOST_BYTES = 64 << 20  # Maximum size of a JSON file or header; the largest published files have a few MiB.
+LARGEST = 65_536  # Maximum of any dimension of a network, and of the sides of an image in pixels.
 
 
 class Outside(BaseModel):
-    """Base of models of such JSON: unknown keys are ignored."""
+    """Base class of models of JSON from other programs, which ignore unknown keys."""
 
     model_config = ConfigDict(extra="ignore", frozen=True, allow_inf_nan=False)
 
@@ -27,7 +27,10 @@ GET_AGAIN = "get the file again from where it was published, or correct it"
 
 
 def checked(kind: type[Parsed], value: Any, where: str, fix: str = GET_AGAIN) -> Parsed:
-    """Validate `value` as a `kind`. Raises ForeignError with `where`, the key, the expected value and the `fix`."""
+    """Validate `value` with the model `kind`.
+
+    Raises ForeignError with `where`, the key, the expected value and the `fix`.
+    """
     try:
         return kind.model_validate(value)
     except ValidationError as error:
@@ -39,7 +42,10 @@ def checked(kind: type[Parsed], value: Any, where: str, fix: str = GET_AGAIN) ->
 
 
 def settings_of(kind: type[BaseModel], value: Any, where: str) -> dict[str, Any]:
-    """Return the keys and values of `kind` that are set in `value`, without nulls. Raises ForeignError."""
+    """Validate `value` with the model `kind` and return the keys of the model that are not null.
+
+    Raises ForeignError.
+    """
     return checked(kind, value, where).model_dump(exclude_none=True)
 
 

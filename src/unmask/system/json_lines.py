@@ -16,7 +16,7 @@ def to_line(row: dict[str, Any]) -> bytes:
 
 
 def append(path: Path, row: dict[str, Any]) -> None:
-    """Append one object, on a new line even if the last line is truncated. Raises OSError with the file's name."""
+    """Append one object on a new line, even if the last line is truncated. Raises OSError with the file's name."""
     with name_in_errors(path), path.open("ab+") as file:
         if file.tell():
             file.seek(-1, os.SEEK_END)

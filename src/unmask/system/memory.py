@@ -14,10 +14,10 @@ def available_bytes() -> int:
 
 
 def container_bytes(groups: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")) -> int | None:
-    """Return the free bytes within the limits of this process's control group (version 2) and its parents.
+    """Return the free bytes within the limits of this process's control group (version 2) and its parents, or None.
 
-    None without a limit. psutil does not read control groups. A group's inactive page cache counts as free, because it
-    can be reclaimed.
+    None means that there is no limit. psutil does not read control groups. A group's inactive page cache counts as
+    free, because it can be reclaimed.
     """
     path = next((path for key, path in _table(membership, "::") if key == "0"), "/").strip().lstrip("/")
     free = []
@@ -36,7 +36,7 @@ def container_bytes(groups: Path = Path("/sys/fs/cgroup"), membership: Path = Pa
 
 
 def _table(file: Path, separator: str) -> list[tuple[str, str]]:
-    """Return (key, value) of each line of a small system file, or [] if there is no such file."""
+    """Return (key, value) of each line of a small system file, or [] if the file does not exist."""
     try:
         parts = [line.partition(separator) for line in file.read_text().splitlines()]
     except OSError:

@@ -1,4 +1,5 @@
-"""stdout and stderr that never fail: if nothing can be written any more, the program continues without output.
+"""Replace stdout and stderr by streams that never fail: if nothing can be written any more, the program continues
+without output.
 
 A closed or full stream, a reader that has ended (`| head`), or a lost or paused (Ctrl-S) terminal must not end or block
 a training. The command line calls `install`; library code prints to `Words`. Standard library only.
@@ -17,13 +18,14 @@ from dataclasses import dataclass
 from typing import Any
 
 PATIENCE = 3.0  # Seconds to wait, once, for a full pipe or a paused terminal before stderr output is dropped.
-PIECE = 4096  # Bytes that a pipe which is ready for writing accepts without blocking.
+PIECE = 4096  # Number of bytes that a pipe accepts without blocking if it is ready for writing.
 
 
 class Sink(io.RawIOBase):
-    """Binary output to a file descriptor. After the first error, which is kept in `error`, all output is dropped.
+    """Binary output to a file descriptor. The first error is stored in `error`, and all output after it is dropped.
 
-    may_drop: also drop output if the reader does not accept it within `PATIENCE` seconds; otherwise wait for it.
+    may_drop: whether to drop output as well if the reader does not accept it within `PATIENCE` seconds, instead of
+    waiting for the reader.
     """
 
     def __init__(self, descriptor: int, *, may_drop: bool, error: OSError | None = None) -> None:
@@ -67,13 +69,16 @@ class Sink(io.RawIOBase):
 
 @dataclass(frozen=True)
 class Outputs:
-    """The sinks of this process."""
+    """The sinks that stdout and stderr of this process write to."""
 
     stdout: Sink
     stderr: Sink
 
     def finish(self) -> str | None:
-        """Flush both. Returns an error message if stdout output was lost, "" if its reader has ended, else None."""
+        """Flush both streams.
+
+        Return an error message if stdout output was lost, "" if its reader has ended, else None.
+        """
         for stream in (sys.stdout, sys.stderr):
             with suppress(OSError, ValueError):
                 stream.flush()
@@ -86,9 +91,10 @@ class Outputs:
 
 
 def install() -> Outputs:
-    """Replace stdout and stderr of this process by sinks. Closed descriptors are opened on the null device first.
+    """Replace stdout and stderr of this process by sinks.
 
-    Otherwise the next file to be opened would get the number of stderr, and all that is written to stderr.
+    If descriptor 1 or 2 is closed, it is opened on the null device first. Otherwise the next opened file would get the
+    number of stderr, and messages would be written to that file.
     """
     closed: dict[int, OSError] = {}
     for descriptor in (0, 1, 2):
@@ -96,7 +102,7 @@ def install() -> Outputs:
             os.fstat(descriptor)
         except OSError as error:
             closed[descriptor] = error
-            os.open(os.devnull, os.O_RDWR)  # returns the lowest free number, which is this one
+            os.open(os.devnull, os.O_RDWR)  # os.open returns the lowest free number, which is this one
     sinks = Sink(1, may_drop=False, error=closed.get(1)), Sink(2, may_drop=True, error=closed.get(2))
     for name, sink in zip(("stdout", "stderr"), sinks, strict=True):
         stream = getattr(sys, name)
@@ -110,7 +116,7 @@ def install() -> Outputs:
 
 
 def _stderr() -> Any:
-    """Return sys.stderr, or the stream that rich replaced while it draws a bar, because rich prints to `Words`."""
+    """Return sys.stderr, or the stream behind it while rich draws a bar and replaces sys.stderr."""
     return getattr(sys.stderr, "rich_proxied_file", sys.stderr)
 
 

@@ -1,7 +1,7 @@
 """Set up worker processes so that they end with their parent, and detect launchers that started several processes.
 
-The code that runs in the workers is elsewhere (`data/worker_pool.py` for training batches, `data/scan.py` and
-`data/pack_images.py` for whole files). Standard library only.
+Other modules contain the code that runs in the workers: `data/worker_pool.py` for training batches, `data/scan/scan.py`
+and `data/pack_images.py` for whole files. This module imports the standard library only.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def begin_worker() -> None:
     for name in STOP_SIGNALS:
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
-    signal.set_wakeup_fd(-1)  # a forked child inherits the one of its parent
+    signal.set_wakeup_fd(-1)  # a forked child inherits the signal socket of its parent
     end_with_parent()
 
 
@@ -54,7 +54,7 @@ def end_with_parent() -> None:
         with suppress(OSError, AttributeError):
             ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         if multiprocessing.get_start_method() == "fork" and os.getppid() != parent.pid:
-            os._exit(1)  # the parent died before the line above
+            os._exit(1)  # the parent died before prctl was called
     threading.Thread(target=_exit_after, args=(parent.sentinel,), daemon=True, name="parent watch").start()
 
 
@@ -76,9 +76,9 @@ def answer_with_stacks(file: int) -> None:
 def process_pool(
     workers: int, initializer: Callable[..., object], arguments: tuple[Any, ...]
 ) -> Iterator[ProcessPoolExecutor]:
-    """Context manager for a pool whose processes are killed if an error or Ctrl-C leaves its body.
+    """Context manager for a pool of processes, which are killed if an error or Ctrl-C ends the body.
 
-    The executor itself would wait until its processes have finished their current work, which may never happen.
+    Without this, the executor would wait until its processes have finished their current work, which may never happen.
     """
     require_main_guard()
     pool = ProcessPoolExecutor(workers, initializer=_begin_pooled, initargs=(initializer, arguments))
@@ -119,8 +119,8 @@ def state_of(process: int) -> str:
 def require_main_guard() -> None:
     """Reject a script that every worker process would run again. Raises UserError.
 
-    With the start methods spawn and forkserver (macOS, Windows; Linux from Python 3.14) a new process imports the main
-    script first.
+    With the start methods spawn and forkserver (the default on macOS, on Windows, and on Linux from Python 3.14), a new
+    process first imports the main script.
     """
     advice = 'put the call under `if __name__ == "__main__":`'
     if getattr(multiprocessing.current_process(), "_inheriting", False):  # a worker that is importing the main script
@@ -165,7 +165,7 @@ _LAUNCHERS = {
 
 
 def reject_several_processes(environment: Mapping[str, str] | None = None) -> None:
-    """Reject launchers that started several processes: each would train by itself. Raises UserError."""
+    """Reject launchers that started several processes, because each process would train by itself. Raises UserError."""
     environment = os.environ if environment is None else environment
     for launcher, size in _LAUNCHERS.items():
         count = environment.get(size, "")
@@ -178,9 +178,10 @@ def reject_several_processes(environment: Mapping[str, str] | None = None) -> No
 
 
 def _under_srun(environment: Mapping[str, str]) -> bool:
-    """Return whether srun started several tasks, including this process.
+    """Return whether srun started this process as one of several tasks.
 
-    The script of an sbatch job has SLURM_NTASKS and SLURM_PROCID as well, but runs once.
+    The variables SLURM_NTASKS and SLURM_PROCID are not enough, because they are also set in the script of an sbatch
+    job, which runs once.
     """
     step = environment.get("SLURM_STEP_ID")
     batch_script = step == "4294967291" or (step is None and environment.get("ENVIRONMENT") == "BATCH")

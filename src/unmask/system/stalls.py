@@ -20,8 +20,8 @@ from unmask.errors import UserError
 VARIABLE = "UNMASK_STALL_SECONDS"
 DEFAULT_SECONDS = 300.0
 TICK = 0.25  # Seconds between two checks.
-GRACE = 10.0  # Seconds for a thread to raise `Stalled` before the process ends.
-BUSY = 0.05  # Share of one processor that counts as progress on a CPU.
+GRACE = 10.0  # Seconds that a stalled thread has to react to `Stalled` before the process ends.
+BUSY = 0.05  # Minimum use of one processor, as a share, that counts as progress on a CPU.
 
 
 class Stalled(BaseException):
@@ -29,9 +29,9 @@ class Stalled(BaseException):
 
 
 def stall_seconds() -> float:
-    """Return the time limit without progress in seconds: UNMASK_STALL_SECONDS, else 300; inf if it is 0.
+    """Return the maximum number of seconds without progress: UNMASK_STALL_SECONDS, or 300 if it is not set.
 
-    Raises UserError if the variable is not a number.
+    The value 0 means no limit, and is returned as infinity. Raises UserError if the variable is not a number.
     """
     text = os.environ.get(VARIABLE, "")
     if not text:
@@ -55,21 +55,21 @@ class Patience:
         self.limit, self.waited, self.last = limit, 0.0, time.monotonic()
 
     def tick(self) -> bool:
-        """Add the time since the last call. Returns whether the limit has been reached."""
+        """Add the time since the last call; return whether the limit has been reached."""
         now = time.monotonic()
         passed, self.last = now - self.last, now
-        self.waited += passed if passed <= 4 * TICK else TICK  # during a longer gap the process was suspended
+        self.waited += passed if passed <= 4 * TICK else TICK  # if the gap is longer, the process was suspended
         return self.waited >= self.limit
 
 
 class Watchdog:
     """Watches computations of the thread that creates it; see `watching`.
 
-    If a computation makes no progress for `limit` seconds, the watchdog's own thread calls `report` with its name;
-    `report` returns the error message, stored in `message`. Then `Stalled` is raised in the watched thread. If that
-    thread does not respond, for example because it hangs in a driver, the process exits with code 1.
+    If a computation makes no progress for `limit` seconds, the watchdog's own thread calls `report` with the name of
+    the computation, and stores the returned error message in `message`. Then `Stalled` is raised in the watched thread.
+    If that thread does not respond, for example because it hangs in a driver, the process exits with code 1.
 
-    on_cpu: CPU time of this process counts as progress, so that a slow processor is not mistaken for a hang.
+    on_cpu: whether CPU time of this process counts as progress, so that a slow processor is not mistaken for a hang.
     """
 
     def __init__(self, limit: float, report: Callable[[str], str], *, on_cpu: bool) -> None:
@@ -93,7 +93,7 @@ class Watchdog:
     def watching(self, what: str, *, at_least: float = 0.0) -> Iterator[None]:
         """Context manager that watches one computation.
 
-        what: its name for messages. at_least: the time limit is at least this many seconds.
+        what: name of the computation for messages. at_least: minimum time limit in seconds.
         """
         self._watched = what, Patience(max(self.limit, at_least))
         try:
@@ -108,7 +108,7 @@ class Watchdog:
 
     @contextmanager
     def pausing(self) -> Iterator[None]:
-        """Context manager that pauses watching, for a part that has its own time limit."""
+        """Context manager that pauses watching, for code that has its own time limit."""
         watched, self._watched = self._watched, None
         try:
             yield
@@ -141,9 +141,8 @@ class Watchdog:
 
 
 def write_stacks(folder: Path | None, more: str = "") -> Path:
-    """Write the stacks of all threads, then `more`, to stalled.txt in `folder`, or to a temporary file.
-
-    Returns the path of the file.
+    """Write the stacks of all threads, followed by `more`, to stalled.txt in `folder` or to a temporary file; return
+    its path.
     """
     path = Path(tempfile.gettempdir(), f"unmask-stalled-{os.getpid()}.txt")
     for place in [path] if folder is None else [folder / "stalled.txt", path]:
@@ -161,7 +160,10 @@ def write_stacks(folder: Path | None, more: str = "") -> Path:
 
 
 def write_now(text: str) -> None:
-    """Write to stderr without buffers, for signal handlers and other threads. Never raises and never blocks."""
+    """Write to stderr without buffers, for signal handlers and other threads.
+
+    This function never raises and never blocks.
+    """
     import select
 
     try:

@@ -1,9 +1,9 @@
 """Handle SIGINT (Ctrl-C), SIGTERM, SIGHUP and SIGUSR1, during a training and at other times.
 
-During a training they request a checkpoint after the current step, and raise `StopRequested` in waits and evaluations,
-which can be abandoned. At other times they raise KeyboardInterrupt. A second Ctrl-C ends the process at once in both
-cases. SIGHUP remains ignored if it was ignored at the start (nohup). Python runs signal handlers in the main thread.
-Standard library only.
+During a training these signals request a checkpoint after the current step, and raise `StopRequested` in waits and
+evaluations, because these can be abandoned. At other times the signals raise KeyboardInterrupt. A second Ctrl-C ends
+the process at once in both cases. SIGHUP remains ignored if it was ignored at the start (nohup). Python runs signal
+handlers in the main thread. Standard library only.
 """
 
 from __future__ import annotations
@@ -22,16 +22,19 @@ from unmask.system.stalls import write_now
 
 INTERRUPTED = 130
 NOTHING_KEPT = "there is no checkpoint yet"
-ONE_PRESS = 0.5  # Seconds within which several SIGINTs count as one: launchers forward the terminal's Ctrl-C again.
-LATER = 0.05  # Seconds after which a signal is sent again if it arrived in code that swallows exceptions.
+ONE_PRESS = 0.5  # Seconds within which several SIGINTs count as one, because launchers forward Ctrl-C.
+LATER = 0.05  # Seconds after which a signal is sent again if it arrived in code that ignores exceptions.
 
 
 class StopRequested(BaseException):
-    """A stop was requested in a part of the training that can be abandoned."""
+    """Raised if a stop is requested in a part of the training that can be abandoned."""
 
 
 class StopRequest:
-    """Whether a stop was requested. kept: what is saved so far, for the message when the process ends at once."""
+    """Records whether a stop was requested.
+
+    kept: what is saved so far, for the message when the process ends at once.
+    """
 
     def __init__(self) -> None:
         self.requested = False
@@ -40,7 +43,7 @@ class StopRequest:
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:
-        """Context manager in which a request raises StopRequested immediately; an earlier request raises on entry.
+        """Context manager in which a stop request raises StopRequested immediately, also if it arrived before.
 
         Its body may be interrupted anywhere, so it must not change the training's state.
         """
@@ -62,7 +65,7 @@ class StopRequest:
 
 @contextmanager
 def stop_requests() -> Iterator[StopRequest]:
-    """Context manager in which the signals request a stop. Has no effect outside the main thread."""
+    """Context manager in which the signals request a stop. It has no effect outside the main thread."""
     stop = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield stop
@@ -80,7 +83,7 @@ def stop_requests() -> Iterator[StopRequest]:
 
 @contextmanager
 def interrupts() -> Iterator[None]:
-    """Context manager in which each of the signals raises KeyboardInterrupt, once."""
+    """Context manager in which the first of the signals raises KeyboardInterrupt."""
     presses = _Presses(lambda: "\nended at once; an unfinished file may remain, with .partial in its name\n")
     raised = False
 
@@ -123,7 +126,7 @@ def _handlers(on_signal: Callable[[int, FrameType | None], None]) -> Iterator[No
 
 
 class _Presses:
-    """Counts Ctrl-C and ends the process on the second one, even if the main thread is busy in a C library.
+    """Ends the process on the second Ctrl-C, even if the main thread is busy in a C library.
 
     Python runs signal handlers only between bytecode instructions, but writes the number of each signal to a socket
     immediately; a thread reads it from there.
@@ -143,7 +146,7 @@ class _Presses:
             yield
         finally:
             signal.set_wakeup_fd(before)
-            there.close()  # this ends the thread
+            there.close()  # closing the socket ends the thread
 
     def _listen(self, here: socket.socket) -> None:
         with here:

@@ -7,9 +7,9 @@
       "sha256": "77bd..."               of all bytes before this line, plus the closing brace
     }
 
-The digest is computed over the bytes of the file, not over the values: a reformatted file counts as changed. A file
-with only one of `run_id` and `sha256` is rejected, so a file with a damaged key is not mistaken for one of an earlier
-version, which had neither.
+The digest is computed over the bytes of the file, not over the values: a reformatted file counts as changed. Files of
+earlier versions have neither `run_id` nor `sha256`. A file with only one of the two is rejected, so that a file with a
+damaged key is not mistaken for a file of an earlier version.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ _BEFORE, _AFTER = b',\n  "sha256": "', b'"\n}\n'
 
 
 class ChangedJson(ValueError):
-    """A file differs from what was written. The message continues a sentence whose subject is the file."""
+    """Raised if a file differs from what was written. The message continues a sentence whose subject is the file."""
 
 
 @dataclass(frozen=True)
 class Verified:
-    """A JSON object and the keys that its file adds. sha256: None if an earlier version wrote the file."""
+    """A JSON object and the keys that its file adds to it. sha256: None if an earlier version wrote the file."""
 
     value: dict[str, Any]
     run_id: str | None = None
