@@ -58,7 +58,7 @@ def plain_docstring(lines: list[str], parameters: Iterable[str] = ()) -> list[st
 
 
 def _entries(body: list[str]) -> Iterator[str]:
-    """Yield a list entry for each `name: meaning` of an `Args:` block. More indented lines continue an entry."""
+    """Yield a list entry for each `name: meaning` of an `Args:` block. Indented lines continue an entry."""
     text = inspect.cleandoc("\n" + "\n".join(body))
     for entry in re.split(r"\n(?=\S)", text):
         name, _, meaning = " ".join(entry.split()).partition(": ")

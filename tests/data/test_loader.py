@@ -332,9 +332,9 @@ def test_batch_has_few_undecoded_files_in_memory():
     data = images(Watched(dict(zip(source().names, source().files, strict=True))))
     true_take = data._take
 
-    def take(*arguments):
+    def take(*arguments, **options):
         held[0] -= 1
-        return true_take(*arguments)
+        return true_take(*arguments, **options)
 
     data._take = take  # type: ignore[method-assign]
     data[SampleIndices(np.tile(np.arange(COUNT), 5), np.zeros(5 * COUNT, np.int64))]

@@ -101,7 +101,7 @@ def test_packed_copy_has_the_same_order_boxes_flips_and_masks(folder, copy, monk
 
 def test_packed_pixels_are_similar_to_the_originals(folder, copy):
     rows = scan(open_source(folder), workers=0).good_rows
-    smooth_rows = rows[rows != 1]  # noise averages out when it is shrunk
+    smooth_rows = rows[rows != 1]  # shrinking averages the noise
     one, two = (
         ImageReader(open_source(data), smooth_rows, SPEC, CropConfig())[Order(smooth_rows, 0).take(0, 24)].batch
         for data in (folder, copy)
@@ -140,7 +140,7 @@ def test_large_images_are_shrunk_and_record_their_original_size(folder, copy):
         assert source.read(i) == (folder / source.names[i]).read_bytes()
     for i, name in enumerate(source.names):
         if name in heads:
-            with Image.open(io.BytesIO(source.read(i))) as other:  # other programs can read it
+            with Image.open(io.BytesIO(source.read(i))) as other:  # other programs can read the image
                 assert other.size == (heads[name].width, heads[name].height)
                 other.load()
 
@@ -201,7 +201,7 @@ def test_size_note_that_does_not_match_is_ignored():
     plain = file_of(smooth(30, 40), "JPEG")
     for note, heeded in (
         (packed_note((30, 40), (300, 400)), (300, 400)),
-        (packed_note((60, 80), (300, 400)), None),  # copied from the larger image that this one was cropped from
+        (packed_note((60, 80), (300, 400)), None),  # the note of a larger image, of which this one is a crop
         (packed_note((30, 40), (20, 30)), None),
         (packed_note((30, 40), (30_000, 40_000)), None),
         (b"unmask\0packed by hand", None),

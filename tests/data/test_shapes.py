@@ -31,7 +31,7 @@ def test_shapes_do_not_depend_on_the_chunk_size(monkeypatch):
 
 
 def test_shapes_have_not_changed():
-    """All published results depend on these bytes."""
+    """All published results on `shapes` depend on the bytes of these images."""
     images, labels = shapes.draw(np.arange(64))
     assert labels[:12].tolist() == [2, 3, 1, 1, 5, 0, 1, 0, 1, 0, 0, 0]
     assert hashlib.sha256(images.tobytes()).hexdigest().startswith("cddfe2a3a8024ad3")

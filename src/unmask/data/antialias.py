@@ -15,7 +15,7 @@ KERNELS: dict[str, Any] = {
     "bicubic": getattr(torch.ops.aten, "_upsample_bicubic2d_aa", None),
     "bilinear": getattr(torch.ops.aten, "_upsample_bilinear2d_aa", None),
 }
-"""The kernel of each interpolation; None if this version of torch does not have it."""
+"""The kernel of each interpolation, or None if this version of torch does not have it."""
 
 
 def resample_into(out: Tensor, images: Tensor, interpolation: str) -> None:
@@ -35,7 +35,8 @@ def resample_by_steps(
 ) -> Tensor | None:
     """Return (B, C, h, w) samples of `images` (B, C, H, W) uint8 that are `steps` pixels apart, from the first edge.
 
-    `F.interpolate` has no arguments for both size and steps. None if this version of torch does not have the kernel.
+    `F.interpolate` cannot set both the size and the steps. Returns None if this version of torch does not have the
+    kernel.
     """
     kernel = KERNELS[interpolation]
     return None if kernel is None else kernel(images, size, False, 1 / steps[0], 1 / steps[1])

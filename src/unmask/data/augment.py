@@ -26,8 +26,8 @@ CROP_DRAWS = 2 * TRIES + 2
 SUBPIXELS = 2**16  # box coordinates are multiples of 1 / SUBPIXELS, so that sums of them have no rounding error
 PILLOW = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 PROTOCOL_SHARE, LARGEST_CROPPED = 224 / 256, 224
-Corners = tuple[float, float, float, float]  # (top, left, height, width) of a box
-NEAR_PIXEL, MOST_SKIPPED = 1 / 16, 32  # maximum distance in pixels, maximum number of samples
+Corners = tuple[float, float, float, float]  # Top, left, height and width of a box.
+NEAR_PIXEL, MOST_SKIPPED = 1 / 16, 32  # Maximum distance in pixels, and maximum number of samples.
 LEAST_VALID = 0.5  # A resampled pixel is valid if valid pixels have at least this share of the filter's weight.
 LEAST_LEFT = 0.2  # Boxes around objects with less than this share of their area in the crop are dropped.
 
@@ -48,12 +48,12 @@ class CropConfig(Settings):
     """Settings of training crops: box, flip, colour jitter and interpolation.
 
     kind: "random_resized" (MAE's default) draws a box of random area and aspect ratio; "random" draws the position of a
-    box of fixed size; "center" is the same box in the middle of the image.
+    box of fixed size; "center" puts that box in the middle of the image.
     scale: range of the area as a share of the image, for "random_resized" only.
     ratio: range of the aspect ratio, for "random_resized" only.
     flip: probability of a left-right flip.
-    eval_share: side of the boxes of fixed size, as a share of the largest box that fits (resize to 256, crop to 224 is
-    0.875). Used for all evaluation, and for training crops of kind "random" and "center".
+    eval_share: side of the boxes of fixed size, as a share of the side of the largest box that fits (0.875 for a crop
+    of 224 from 256 pixels). It is used for all evaluation, and for training crops of kind "random" and "center".
     jitter: strength of `jitter_colours`; 0, as in MAE (its Table 1e), turns it off.
     interpolation: "bicubic" or "bilinear" (SimMIM's pre-training), with antialiasing; evaluation is always bicubic.
     """

@@ -226,7 +226,7 @@ def _write(source: Source, part: Path, images: Iterator[Packed], console: Consol
 
 
 def _require_same(source: Source, part: Path) -> None:
-    """Read the written tar again. Raises PackError unless it has the names and labels of the source."""
+    """Read the written tar again. Raises PackError unless the tar has the names and labels of the source."""
     written = TarSource(str(part))
     same = list(written.names) == list(source.names)
     if not same or not np.array_equal(written.labels, source.labels):  # type: ignore[arg-type]
@@ -272,7 +272,8 @@ def pack_image(source: Source, row: int, short_side: int, quality: int) -> Packe
         data = source.read(row)
         found = decode.header(data, source.reading)
         target = _target(found, short_side)
-        # Decode at twice the target size: scaled decoding filters less well than the bicubic interpolation after it.
+        # Decode at twice the target size, because scaled decoding filters less well than the bicubic interpolation
+        # after it.
         at_least = None if target is None else (2 * target[0], 2 * target[1])
         pixels = decode.decode(data, at_least=at_least, found=found)
     except BadImage as error:
@@ -314,14 +315,14 @@ def _encoded(pixels: np.ndarray, found: Header, quality: int) -> bytes:
         file = io.BytesIO()
         # Same order of axes as the original, so that shrunk and copied files agree.
         np.save(file, np.ascontiguousarray(pixels.transpose(2, 0, 1)) if found.layout.axes == "CHW" else pixels)
-        return file.getvalue() + note  # other programs ignore bytes after the values
+        return file.getvalue() + note  # other programs ignore bytes after the values of a .npy
     return _png(pixels, note) if pixels.dtype == np.uint8 else _png16(pixels, note)
 
 
 def _jpeg(pixels: np.ndarray, quality: int, note: bytes) -> bytes:
     kind = "GRAY" if pixels.shape[2] == 1 else "RGB"
     data = simplejpeg.encode_jpeg(pixels, quality=quality, colorspace=kind, colorsubsampling="420")
-    place = 4 + int.from_bytes(data[4:6], "big")  # after the JFIF segment, which must be the first
+    place = 4 + int.from_bytes(data[4:6], "big")  # insert the note after the JFIF segment, which must be the first
     comment = b"\xff\xfe" + (len(note) + 2).to_bytes(2, "big") + note
     return data[:place] + comment + data[place:]
 

@@ -158,7 +158,7 @@ class _Parts:
                 with self.progress:
                     self.sent += 1
                     self.progress.notify()
-        except OSError:  # a dead worker; `_receive` reports it when this request is due
+        except OSError:  # a dead worker; `_receive` reports the death when this request is due
             with self.progress:
                 self.sent += 1
                 self.progress.notify()

@@ -157,7 +157,7 @@ def test_masks_of_stored_pixels_are_rotated_with_their_image(tmp_path):
             wanted = np.asarray(ImageOps.exif_transpose(image))[:, :, 0]
         assert (found.read(row) == wanted).all(), f"orientation {row + 1}"
     assert "7 images have an EXIF orientation, and their masks, which refer to the stored pixels" in notes(found)
-    for options in (MaskOptions(stored=True), None):  # as for a resumed run, and as for test images
+    for options in (MaskOptions(stored=True), None):  # the options of a resumed run, and of test images
         again = open_masks(root, classes=found.classes, look=False, options=options)
         assert (again.read(5) == found.read(5)).all()
 

@@ -260,7 +260,7 @@ def bad(root, name):
         ("jpeg", r"a JPEG, whose compression changes ids"),
         ("twice", r"both belong to the image a/0"),
         ("names", r"none of 6 images .* got b/0\.png, b/1\.png, .* and 1 more; expected a/0\.png"),
-        ("unknown", r"have the unknown id 9 \(in 1 of 6\); expected ids 0 to 1 of the 2 classes: .* --ignore 9"),
+        ("unknown", r"have the unknown id 9 \(in 1 of 6 masks\); expected ids 0 to 1 of the 2 classes: .* --ignore 9"),
         ("many", r"got 60000 classes .* expected at most 254"),
         (
             "binary",

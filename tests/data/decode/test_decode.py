@@ -180,7 +180,7 @@ def test_exif_orientation_is_applied(kind, orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     shown, options = smooth(), {"JPEG": {"quality": 98}, "WEBP": {"lossless": True}}.get(kind, {})
-    undo = {1: None, 2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}[orientation]  # Image.Transpose: displayed -> stored
+    undo = {1: None, 2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}[orientation]  # converts displayed to stored pixels
     stored = Image.fromarray(shown)
     stored = stored if undo is None else stored.transpose(Image.Transpose(undo))
     pixels = agreed(file_of(stored, kind, exif=exif, **options))
@@ -250,7 +250,7 @@ def test_webp_keeps_every_value():
 
 
 def test_interlaced_png_is_read():
-    rows = b"\0\x07\0\x08\0\x09"  # 2 x 2 gray: passes 1, 6 and 7
+    rows = b"\0\x07\0\x08\0\x09"  # rows of a 2 x 2 gray image in passes 1, 6 and 7
     assert agreed(png(2, 2, 8, 0, b"\0\x07\0\x08\0\x09\x0a", interlace=1))[:, :, 0].tolist() == [[7, 8], [9, 10]]
     assert code_of(png(2, 2, 8, 0, rows, interlace=1)) in ("TRUNCATED", "CORRUPT")
 

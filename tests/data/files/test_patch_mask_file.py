@@ -88,6 +88,6 @@ def png_header(width: int, height: int) -> bytes:
 def test_damaged_patch_mask_file_is_rejected(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow's warning about a large image
+        warnings.simplefilter("ignore")  # Pillow warns about the large image
         with pytest.raises(UserError, match=re.escape(name)):
             read_masks(tmp_path / name)

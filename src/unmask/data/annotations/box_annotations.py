@@ -91,7 +91,7 @@ class BoxAnnotations:
     ) -> dict[str, np.ndarray]:
         """Return `boxes` (most, 4) and `box_labels` (most,) of one image; see `image_reader.Annotations`."""
         if tuple(size) != self.sizes[row]:
-            raise BadImage("CORRUPT", f"got {size[0]} x {size[1]} pixels; its boxes expect {self.sizes[row]}")
+            raise BadImage("CORRUPT", f"got {size[0]} x {size[1]} pixels; its boxes are for {self.sizes[row]}")
         moved, keep = augment.cut_boxes(self.boxes[row], box, target, flip)
         count = int(keep.sum())
         boxes, labels = np.zeros((self.most, 4), np.float32), np.full(self.most, NO_BOX, np.int64)
@@ -199,8 +199,8 @@ def _drawn_on_stored(boxes: BoxAnnotations, heads: Mapping[int, Header], objects
     """Return the rows whose boxes refer to the stored pixels, and add a note about them.
 
     heads: headers of the images to open, by row. objects: annotations of all images by row; images that are not opened
-    are consulted if the sizes of the opened ones do not decide. Raises BoxError if the data set contains both kinds and
-    an image fits both.
+    are consulted if the sizes of the opened ones do not decide. Raises BoxError if some boxes refer to displayed and
+    others to stored pixels, and an image fits both.
     """
     found = {row: _drawn_on(objects[row], head) for row, head in heads.items()}
     stored = {row for row, where in found.items() if where is DrawnOn.STORED}

@@ -46,7 +46,7 @@ def read_class_list(file: Path) -> list[str]:
 
 
 def read_class_file(file: Path) -> dict[int, str]:
-    """Read the name of each id from a file in one of the formats above. Raises UserError for an unusable file."""
+    """Read the name of each id from a file in one of these formats. Raises UserError for an unusable file."""
     text = _read(file)
     names = _from_table(text) if file.suffix.lower() == ".csv" else None
     if names is None:

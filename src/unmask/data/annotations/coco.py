@@ -29,7 +29,7 @@ class _Entry:
     where: str
 
     def value(self, key: str) -> object:
-        """Return a field. Raises BoxError if it is missing."""
+        """Return a field. Raises BoxError if the field is missing."""
         if key not in self.fields:
             raise BoxError(f"{self.where} has no {key!r}; {EXPECTED}")
         return self.fields[key]

@@ -51,7 +51,10 @@ def are_interpolated(pixels: Mapping[int, int]) -> bool:
 def likely_void(
     pixels: Mapping[int, int], names: Mapping[int, str], samples: Sequence[np.ndarray], ignored: Sequence[int]
 ) -> list[str]:
-    """Return a note, with reason and option, for each id that is probably not a class. names: known names by id."""
+    """Return a note, with the reason and the option to set, for each id that is probably not a class.
+
+    names: known names by id.
+    """
     notes = [
         f"id {one} is named {name!r}, which is rarely a class; exclude it from loss and metrics with --ignore {one}"
         for one, name in names.items()

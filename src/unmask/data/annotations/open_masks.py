@@ -79,7 +79,7 @@ def _require_values(values: Sequence[int], ignored: Sequence[int]) -> None:
 def _names(beside: Sequence[Path], options: MaskOptions, maps: SegmentationMasks) -> list[str] | None:
     """Return class names in the order of ids or values, from `options.names` or `classes.txt`.
 
-    None without such a file.
+    Returns None if there is no such file.
     """
     if options.names is None:
         file = next((folder / CLASSES_FILE for folder in beside if (folder / CLASSES_FILE).is_file()), None)
@@ -232,7 +232,7 @@ def _drawn_on(maps: SegmentationMasks, row: int, shape: tuple[int, ...], *, refu
 
 
 def _drawn_on_stored(maps: SegmentationMasks, drawn: dict[int, DrawnOn]) -> bool:
-    """Return whether the masks refer to the stored pixels, and add a note. Raises MaskError if only some do."""
+    """Return whether the masks refer to the stored pixels, and add a note. Raises MaskError if only some masks do."""
     rows = {where: [row for row, found in drawn.items() if found is where] for where in DrawnOn}
     names = maps.source.names
     if rows[DrawnOn.STORED] and rows[DrawnOn.SHOWN]:

@@ -2,8 +2,8 @@
 
 Images are read as displayed, but many tools draw boxes and masks on the stored pixels. If the orientation swaps height
 and width, the image size stated by the annotation shows to which of the two it refers. For square images, and images
-that are mirrored or rotated by 180 degrees, both have the same size. Their annotations are treated like those of the
-other images, or as referring to the displayed image if all are of this kind.
+that are mirrored or rotated by 180 degrees, the stored and the displayed image have the same size. Their annotations
+are treated like those of the other images, or as referring to the displayed image if all are of this kind.
 
 The orientation is EXIF's 1 to 8, as in `image_header.Header`; 5 to 8 swap height and width.
 """
@@ -23,7 +23,7 @@ class DrawnOn(Enum):
     SHOWN = "the image as shown"
     STORED = "the stored pixels"
     UNKNOWN = "either"  # The annotation's size agrees with both the displayed and the stored image.
-    NEITHER = "neither"  # The annotation is for another size.
+    NEITHER = "neither"  # The annotation's size agrees with neither image.
 
 
 def drawn_on(size: tuple[int, int] | None, head: Header, reach: tuple[float, float] = (0, 0)) -> DrawnOn | None:

@@ -3,14 +3,14 @@
 A mask is a gray or palette image, preferably PNG. Its stored numbers are ids, and its colours are ignored. A mask
 belongs to the image in the same sub-folder whose name is equal except for the extension. Image and mask folders are
 found automatically if they are DATA/images and DATA/labels (or masks, annotations), or DATA = .../images/train and
-.../labels/train. Otherwise, pass the mask folder.
+.../labels/train. If the masks are elsewhere, pass their folder.
 
 `classes.txt`, beside the masks or in the folder above, names ids 0, 1, 2 ..., one per line. Without this file, classes
 are named by their number, and other files that commonly name classes (`class_files.py`) are suggested.
 
 Pixels of `ignored` ids are left out of loss and metrics: IGNORED (255) by default, and further ids on request. Classes
-are numbered in the order of the remaining ids. Alternatively, `MaskOptions.values` lists the ids that are classes,
-which may include 255.
+are numbered in the order of the ids that are not ignored. Alternatively, `MaskOptions.values` lists the ids that are
+classes, which may include 255.
 
 Masks drawn on the stored pixels of images with an EXIF orientation are rotated with them (`orientation.py`).
 """

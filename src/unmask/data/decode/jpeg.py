@@ -16,7 +16,7 @@ from unmask.data.decode.reading import Reading
 
 
 def read_header(data: bytes, reading: Reading) -> Header:
-    """Parse the markers up to the frame header: takes a few microseconds, while opening a decoder takes a hundred."""
+    """Parse the markers up to the frame header, which takes microseconds; opening a decoder takes a hundred."""
     place, orientation, end, note = 2, 1, len(data), b""
     while place + 4 <= end:
         if data[place] != 0xFF or data[place + 1] == 0:

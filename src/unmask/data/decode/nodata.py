@@ -2,8 +2,8 @@
 
 A GeoTIFF declares the value of such pixels in a tag (GDAL_NODATA, for example -9999, -32768 or 65535). In float images,
 NaN and infinity also mark absent pixels. Absent pixels would distort the loss and the stored mean and standard
-deviation, so they are left out of all three. In the images they are replaced by the data set's mean, which is 0 after
-normalisation.
+deviation, so they are left out of all three. In the images, absent pixels are replaced by the data set's mean, which is
+0 after normalisation.
 
 A float pixel is absent if any of its channels is absent. An integer pixel is absent only if all channels have the
 declared value, because 0 or 255 in one channel is an ordinary colour.
@@ -23,8 +23,8 @@ from unmask.data.decode.bad_image import BadImage
 from unmask.data.decode.tiff_pages import TIFF_STARTS, read_pages
 
 Nodata = Literal["auto"] | float | None
-"""Which pixels are absent. "auto": NaN, infinity, and the value that the file declares. A number: also pixels with this
-value. None: no pixels."""
+"""Setting for which pixels are absent. "auto": NaN, infinity, and the value that the file declares. A number marks
+pixels with this value too. None: no pixels."""
 
 PALETTE = 3  # TIFF's photometric interpretation
 

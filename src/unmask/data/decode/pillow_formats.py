@@ -61,7 +61,7 @@ def _channels_of_mode(mode: str) -> int:
         return 1
     if mode in ("P", "PA", "RGB", "RGBA", "RGBX", "RGBa"):
         return 3
-    raise BadImage("UNSUPPORTED_MODE", f"pixel mode {mode}; convert it to PNG, or use .npy")
+    raise BadImage("UNSUPPORTED_MODE", f"got the pixel mode {mode}; convert it to PNG, or use .npy")
 
 
 def read_pieces(data: bytes, found: Header) -> Iterator[np.ndarray]:

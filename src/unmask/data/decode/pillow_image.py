@@ -33,7 +33,7 @@ def open_image(data: bytes) -> Image.Image:
         raise BadImage("TRUNCATED", f"WebP: got {len(data)} bytes; expected {declared}, as declared in its header")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about Pillow's size limit; `limits.py` applies instead
+            warnings.simplefilter("ignore")  # about Pillow's size limit, which limits.py replaces
             return Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.DecompressionBombError:
         raise BadImage("TOO_MANY_PIXELS", f"got far too many pixels; expected at most {limits.MAX_PIXELS}") from None

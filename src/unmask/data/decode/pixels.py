@@ -38,7 +38,7 @@ def conform(image: np.ndarray, channels: int, dtype: str) -> np.ndarray:
 
 
 def check_pieces(parts: Iterator[np.ndarray], found: Header) -> Iterator[np.ndarray]:
-    """Yield the pieces of a stored image. Raises BadImage if they do not match the header."""
+    """Yield the pieces of a stored image. Raises BadImage if the pieces do not match the header."""
     height, width = (found.height, found.width) if found.orientation < 5 else (found.width, found.height)
     rows = 0
     try:
@@ -83,7 +83,7 @@ def dtype_of(dtype: np.dtype) -> str:
 def as_pixels(values: np.ndarray) -> np.ndarray:
     """Convert a numeric array (H, W) or (H, W, C) to (H, W, C) uint8, uint16 or float32.
 
-    Integers are exact up to 2^24. NaN and infinity are preserved, because they mark absent pixels.
+    Integers up to 2^24 are converted exactly. NaN and infinity are preserved, because they mark absent pixels.
     """
     if values.ndim == 2:
         values = values[:, :, None]

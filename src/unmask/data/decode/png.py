@@ -20,7 +20,7 @@ from unmask.data.decode.pillow_image import load_image, loaded, open_image, row_
 from unmask.data.decode.pixels import as_pixels
 from unmask.data.decode.reading import Reading
 
-GRAY, RGB, GRAY_ALPHA, RGB_ALPHA = 0, 2, 4, 6  # colour types of the header
+GRAY, RGB, GRAY_ALPHA, RGB_ALPHA = 0, 2, 4, 6  # colour types in the PNG header
 PNG_START = b"\x89PNG\r\n\x1a\n"
 
 

@@ -226,7 +226,7 @@ def read_pieces(data: bytes, found: Header) -> Iterator[np.ndarray]:
 
 
 def _needs_tifffile(tiff: _Tiff, alpha: str) -> bool:
-    return not tiff.plain or (alpha == "band" and tiff.premultiplied)  # Pillow would divide by alpha
+    return not tiff.plain or (alpha == "band" and tiff.premultiplied)  # Pillow would divide colours by alpha
 
 
 def _plain_tiff_pieces(image: Image.Image, tiff: _Tiff, alpha: str) -> Iterator[np.ndarray]:

@@ -26,7 +26,7 @@ MOST_ENTRIES_IN_ALL = 100_000
 MOST_PAGES = 4096
 MOST_VALUES = 65535
 REDUCED, MASK = 1, 4  # Bits of tag 254 (NewSubfileType).
-LEVEL_SHARE = 0.75  # A page is a smaller copy of another of the same shape if its sides are at most this share.
+LEVEL_SHARE = 0.75  # A page of the same shape is a smaller copy if its sides are at most this share of the other's.
 
 Tags = dict[int, tuple[int, ...]]
 
@@ -115,7 +115,7 @@ def _directory(data: bytes, start: int, order: str, big: bool, bounds: _Bounds) 
     (count,) = struct.unpack_from(order + count_of, data, start)
     bounds.entries -= count
     if count > MOST_ENTRIES or bounds.entries < 0:
-        raise TooManyEntries(f"got a directory of {count} entries; expected at most {MOST_ENTRIES}")
+        raise TooManyEntries(f"got a TIFF directory of {count} entries; expected at most {MOST_ENTRIES}")
     begin = start + struct.calcsize("<" + count_of)
     tags: Tags = {}
     texts = dict.fromkeys(LONGEST, b"")

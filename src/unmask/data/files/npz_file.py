@@ -1,6 +1,6 @@
 """Write and read cache files of arrays with a SHA-256 checksum; a damaged or missing file reads as None.
 
-The file is the digest followed by an .npz. It is written under a temporary name and renamed, and never loaded into
+The file is the digest followed by an .npz. Files are written under a temporary name and renamed, and never loaded into
 memory as a whole.
 """
 

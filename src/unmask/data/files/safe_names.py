@@ -40,7 +40,10 @@ def safe_names(names: Sequence[str], suffix: str) -> list[str]:
 
 
 def _candidates(stem: str, ending: str, suffix: str, numbers: Counter[str]) -> Iterator[str]:
-    """Yield the names to try, in order. numbers: the last number used for each stem, so that equal names stay fast."""
+    """Yield the names to try, in order.
+
+    numbers: the last number used for each stem, so that many equal names are handled quickly.
+    """
     yield stem + suffix
     yield stem + ending + suffix
     flat = stem.replace("/", "_")  # used if the folder has the name of an earlier file

@@ -16,7 +16,7 @@ CODING = ("utf-8", "surrogatepass")  # encodes any str, including file names tha
 
 
 class StringTable(Sequence[str]):
-    """An immutable sequence of texts. Equal to any sequence of the same texts; a slice is a list of str."""
+    """An immutable sequence of texts. A table equals any sequence of the same texts; a slice is a list of str."""
 
     def __init__(self, texts: Iterable[str] = ()) -> None:
         texts = texts if isinstance(texts, list | tuple | StringTable) else list(texts)

@@ -32,7 +32,7 @@ ENDINGS = re.compile(
     re.IGNORECASE,
 )
 SAMPLE = 6  # Number of images decoded in each group.
-FEW, LEAST_PIXELS = 40, 400  # Maximum number of colours of a mask; images with fewer pixels are not examined.
+FEW, LEAST_PIXELS = 40, 400  # Maximum number of colours of a mask, and minimum number of pixels to examine an image.
 MOST_FOLDERS, MOST_NAMES = 64, 200_000  # Names are not compared in larger data sets.
 ROUNDING = 1e-10  # Relative rounding error of the sums of a constant float image.
 MIRRORED = 0.5  # Minimum share of a folder's names that occur in another folder too.

@@ -1,4 +1,4 @@
-"""Scan all files before training: find unreadable ones, sizes and kinds, and the mean and standard deviation.
+"""Scan all files before training: find unreadable files, and compute sizes, kinds, mean and standard deviation.
 
 Files (all, or an evenly spaced sample) are decoded in full, one at a time, and only sums are stored. The caller decides
 which share of bad files is too large. The result does not depend on the number of processes, nor on which files were in
@@ -385,7 +385,7 @@ def _statistics(
     count, sums, squares = 0, np.zeros(channels), np.zeros(channels)
     alike = alike.at(_evenly(len(alike), STATISTICS_SAMPLE))
     for place, start in enumerate(alike.starts.tolist()):
-        own = slice(start, start + int(alike.channels[place]))  # one channel (broadcast), or all channels
+        own = slice(start, start + int(alike.channels[place]))  # the sum of a gray image is broadcast
         scale = 257 if dtype == "uint16" and alike.dtypes[place] == b"uint8" else 1
         count += int(alike.valid[place])
         sums, squares = sums + alike.sums[own] * scale, squares + alike.squares[own] * scale**2

@@ -17,7 +17,7 @@ SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing", 
 
 def classes_of(names: Sequence[str]) -> tuple[list[str], np.ndarray | None, list[str]]:
     """Return (classes, labels (n,) or None, folders that are splits instead of classes) for '/'-separated names."""
-    place: dict[str, int] = {}  # folder -> its number
+    place: dict[str, int] = {}  # number of each class folder
     where = np.fromiter((place.setdefault(name.rpartition("/")[0], len(place)) for name in names), np.int64, len(names))
     folders = [folder.split("/") if folder else [] for folder in place]
     depth = min((len(parts) for parts in folders), default=0)

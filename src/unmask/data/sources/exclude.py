@@ -51,7 +51,7 @@ class SelectedSource(Source):
 
 
 def exclude_names(source: Source, patterns: Sequence[str]) -> Source:
-    """Return the source without the images whose names match a pattern; its `excluded` has their number by pattern."""
+    """Return the source without the images whose names match a pattern; its `excluded` counts them by pattern."""
     if not patterns:
         return source
     out = np.zeros(len(source), bool)

@@ -13,7 +13,7 @@ from unmask.data.sources.system_folders import is_hidden, is_skipped, is_system
 
 
 def open_folder(text: str) -> Source:
-    """List the images below a folder; `class_folders.py` describes their labels."""
+    """List the images below a folder, and label them by folder as described in `class_folders.py`."""
     skipped: Counter[str] = Counter()
     listing = Listing()
     walk(text, listing, skipped)

@@ -96,7 +96,7 @@ def _opens_quote(text: str) -> bool:
 
 
 def _columns(heading: str, file: str, extensions: tuple[str, ...]) -> tuple[str, int, int | None] | None:
-    """Return (separator, column of paths, column of labels or None) for a header row, or None."""
+    """Return (separator, column of paths, column of labels or None) for a header row, or None for other lines."""
     if Path(file).suffix.lower() not in TABLES:
         return None
     for separator in ("\t", ",", ";"):

@@ -1,6 +1,6 @@
 """Open DATA: a folder tree, list file, glob, tar, zip, parquet, single files, or an embedded set.
 
-Each kind of data is one module with an `OPENER`. `source.Source` is their common interface.
+Each kind of data is one module with an `OPENER`. `source.Source` is the common interface of all kinds.
 """
 
 from __future__ import annotations

@@ -41,7 +41,10 @@ class Labels:
 
 
 def image_column(schema: Any, text: str) -> str:
-    """Return the name of the image column. Raises ColumnError, with the type of each candidate, if there is none."""
+    """Return the name of the image column.
+
+    Raises ColumnError, with the type of each candidate, if there is no image column.
+    """
     found = [one.name for one in schema if _holds_files(one.type)]
     for name in (*IMAGES, *found):
         if name in found:

@@ -36,7 +36,7 @@ SHARD_ENDINGS = (
     ".tbz2",
     ".xz",
     ".txz",
-)  # last extensions, the keys of `Source.skipped`
+)  # last extensions of shards, counted in `Source.skipped`
 
 
 def open_shard(path: str) -> Source:

@@ -177,7 +177,8 @@ def printable_names(paths: StringTable) -> StringTable:
 def last_change(found: os.stat_result) -> int:
     """Return when a file's content, name or mode last changed, in nanoseconds since 1970.
 
-    Uses st_ctime too, which programs cannot set back (on Windows it is the time of creation).
+    This is the later of st_mtime and st_ctime, because programs cannot set back st_ctime (on Windows, the time of
+    creation).
     """
     return max(found.st_mtime_ns, found.st_ctime_ns)
 

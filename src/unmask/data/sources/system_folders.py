@@ -15,9 +15,9 @@ PATTERNS = (
     "@eadir", "@tmp", "@recycle", "@recently-snapshot", "@sharebin", "@transcode", "@gmt-*",  # Synology, QNAP, Samba.
     "#recycle", "#snapshot", "~snapshot", ".@__thumb", ".snapshot*",  # Recycle bins, snapshots and thumbnails of a NAS.
     "$recycle.bin", "system volume information", "found.[0-9][0-9][0-9]", "$windows.~*", "$extend",  # Windows.
-    "lost+found", ".trash*", ".thumb*", ".zfs",  # Linux.
-    "__macosx", "network trash folder", "temporary items",  # macOS and its file servers.
-    ".ipynb_checkpoints", "__pycache__", "_gsdata_", ".stversions", ".picasaoriginals",  # Tools.
+    "lost+found", ".trash*", ".thumb*", ".zfs",  # Folders of Linux.
+    "__macosx", "network trash folder", "temporary items",  # Folders of macOS and its file servers.
+    ".ipynb_checkpoints", "__pycache__", "_gsdata_", ".stversions", ".picasaoriginals",  # Folders of other tools.
 )  # fmt: skip
 _SYSTEM = re.compile("|".join(fnmatch.translate(pattern) for pattern in PATTERNS))
 

@@ -35,7 +35,8 @@ class ZipSource(Source):
 
     def __init__(self, text: str) -> None:
         skipped: Counter[str] = Counter()
-        members: dict[str, tuple[str, int]] = {}  # stored name and size; the last of several equal names is used
+        # Stored name and size of each member; the last of several equal names is used.
+        members: dict[str, tuple[str, int]] = {}
         try:
             with zipfile.ZipFile(text) as archive:
                 for info in archive.infolist():
