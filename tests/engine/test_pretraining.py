@@ -323,11 +323,12 @@ def test_loss_above_the_baseline_is_reported_at_the_end(images, tmp_path, capsys
         ({"visible_mean": 0.8}, [[1, 0.9]], False),  # not the last step
         ({"true_patch_mean": 0.1}, [[2, 0.9]], False),
         ({"visible_mean": 0.8}, [], False),
+        ({"visible_mean": "low"}, [[2, 0.9]], False),  # not a valid record
     ],
 )
 def test_which_losses_count_as_above_the_baseline(images, tmp_path, capsys, guesses, losses, warned):
     run = start(images, tmp_path / "run", "train.steps=2", console=Console(quiet=True))
-    run.write(BASELINES, {"guesses": guesses, "losses": losses})
+    run.write(BASELINES, {"record": "baselines", "images": 8, "guesses": guesses, "losses": losses})
     capsys.readouterr()
     run_training.warn_above_baseline(run, Console())
     assert ("an untrained baseline (visible mean)" in capsys.readouterr().err) == warned

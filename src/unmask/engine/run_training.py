@@ -7,7 +7,7 @@ from dataclasses import replace
 from unmask.console import Console, duration
 from unmask.engine import checkpoint
 from unmask.engine.job import TrainingInputs
-from unmask.engine.samples import BASELINES
+from unmask.engine.samples import read_baselines
 from unmask.engine.supervision import Supervise
 from unmask.engine.time_budget import now
 from unmask.engine.train import train
@@ -54,11 +54,12 @@ def train_and_record(inputs: TrainingInputs, supervise: Supervise | None = None)
 def warn_above_baseline(run: Run, console: Console) -> None:
     """Warn if the last loss on the images of the pictures is no better than the best baseline."""
     try:
-        found, step = run.read(BASELINES), run.status().step
-        fair = {name: value for name, value in found["guesses"].items() if not name.startswith("true_")}
-        measured, loss = found["losses"][-1]
-    except (OSError, UserError, KeyError, IndexError):  # no picture was drawn
+        found = read_baselines(run)
+    except (OSError, UserError):  # no picture was drawn
         return
+    step = run.status().step
+    fair = {name: value for name, value in found.guesses.items() if not name.startswith("true_")}
+    measured, loss = found.losses[-1] if found.losses else (None, 0.0)
     if measured != step or not fair or loss < min(fair.values()):
         return
     name = min(fair, key=lambda name: fair[name])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,11 +17,12 @@ from unmask.engine.compile import uncompiled
 from unmask.engine.device import autocast
 from unmask.engine.job import Job, Position, log_row, report_failure
 from unmask.engine.training_plan import Plan
-from unmask.errors import TrainingFailed
+from unmask.errors import TrainingFailed, UserError
 from unmask.nn.modes import eval_mode
 from unmask.report.pictures import draw
-from unmask.results import RECORD
+from unmask.results import BaselineLosses, from_json, to_json
 from unmask.rng import Draws
+from unmask.run import Run
 from unmask.system.stop_requests import StopRequest
 
 BASELINES = "evals/baselines.json"
@@ -72,8 +72,8 @@ def fixed_images(images: ImageReader, plan: Plan, rows: np.ndarray) -> Batch:
 def draw_and_score(job: Job, samples: Samples, at: Position, stop: StopRequest) -> None:
     """Draw a picture of the method's predictions, and record its loss and those of baselines on the same images.
 
-    The losses of the baselines, by name, are written to evals/baselines.json, with one [step, loss] pair per call in
-    "losses" and in "held_out_losses". Raises StopRequested before anything is written.
+    evals/baselines.json is a `BaselineLosses`, with one (step, loss) pair per call. Raises StopRequested before
+    anything is written.
     """
     plan, train, sample = job.plan, job.config.train, samples.pictures
     clock = plan.clock(at.step, Draws(train.seed, sample.epoch, sample.index))
@@ -91,24 +91,30 @@ def draw_and_score(job: Job, samples: Samples, at: Position, stop: StopRequest) 
         log_row(job, {"step": at.step, "held_out_loss": held_out})
     with report_failure(job, job.run.pictures):
         draw(picture.sampled(train.picture_images), plan.images.dtype, file, title)
-    before: dict[str, Any] = {}
+    before = None
     if at.step > 0:
         with report_failure(job, job.run.path / BASELINES):
-            before = job.run.read(BASELINES)
-    found: dict[str, Any] = {
-        RECORD: "baselines",
-        "images": len(sample),
-        "losses": _append_loss(before, "losses", at.step, loss),
-    }
+            before = read_baselines(job.run)
+    record = BaselineLosses(
+        images=len(sample), guesses=numbers, losses=_append(before.losses if before else (), at.step, loss)
+    )
     if held_out is not None and samples.held_out is not None:
-        found["held_out_images"] = len(samples.held_out)
-        found["held_out_losses"] = _append_loss(before, "held_out_losses", at.step, held_out)
+        losses = _append(before.held_out_losses if before else (), at.step, held_out)
+        record = replace(record, held_out_images=len(samples.held_out), held_out_losses=losses)
     with report_failure(job, job.run.path / BASELINES):
-        job.run.write(BASELINES, found | {"guesses": numbers})
+        job.run.write(BASELINES, to_json(record))
 
 
-def _append_loss(before: dict[str, Any], key: str, step: int, loss: float) -> list[list[float]]:
-    return [pair for pair in before.get(key, []) if pair[0] < step] + [[step, loss]]
+def read_baselines(run: Run) -> BaselineLosses:
+    """Return the losses so far. Raises UserError if the file is missing, damaged or of another kind."""
+    record = from_json(run.read(BASELINES))
+    if not isinstance(record, BaselineLosses):
+        raise UserError(f"got another kind of result in {run.path / BASELINES}; expected losses of baselines")
+    return record
+
+
+def _append(before: tuple[tuple[int, float], ...], step: int, loss: float) -> tuple[tuple[int, float], ...]:
+    return (*(pair for pair in before if pair[0] < step), (step, loss))
 
 
 def mean_loss(job: Job, batch: Batch, at: Position) -> float:
