@@ -22,7 +22,7 @@ from typing import Any, ClassVar, Protocol, TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from unmask.errors import UserError
-from unmask.system.earlier_results import from_earlier_version
+from unmask.system.earlier_results import METRIC_WORDS, from_earlier_version
 
 SCORE = "evals/fine-tuned.json"
 RECORD = "record"
@@ -345,6 +345,7 @@ class FinetuneResult:
     """The score of a fine-tuned run on its test images, with the weights of the last step.
 
     task: name of the method ("classify", "segment", "detect", "linear_probe"). metric: key of the score in `numbers`.
+    words: names of the reported metrics in texts, by key, the score first; {} in results of earlier versions.
     low, high: 95 % interval of the score. by_class: IoU or AP50 of every class, or None for a class without a defined
     score. best: the best test during training, selected on the test images. averaged: the score with the moving average
     of the weights.
@@ -359,6 +360,7 @@ class FinetuneResult:
     step: int | None = None
     low: float | None = None
     high: float | None = None
+    words: dict[str, str] = field(default_factory=dict)
     correct: int | None = None
     by_class: dict[str, float | None] = field(default_factory=dict)
     confusion: tuple[tuple[int, ...], ...] = ()
@@ -375,6 +377,12 @@ class FinetuneResult:
     def value(self) -> float:
         """The score: `numbers[metric]`."""
         return self.numbers[self.metric]
+
+    @property
+    def metric_words(self) -> dict[str, str]:
+        """Names of the reported metrics in texts, by key, the score first."""
+        known = self.words or {name: words for name, words in METRIC_WORDS.items() if name in self.numbers}
+        return {self.metric: known.get(self.metric, self.metric), **known}
 
 
 @dataclass(frozen=True, kw_only=True)

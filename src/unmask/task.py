@@ -1,32 +1,35 @@
 """The interface of supervised methods (`tasks/`): a `Task` is a `Method` that predicts and is tested on other images.
 
     annotation the kind of annotation that the task predicts: classes, masks or boxes
+    needs the annotations of the data, in words for `unmask finetune --help`
     predict(images)        one prediction per image
     measure(batches, ...)  metrics of the predictions on annotated images
     headline               the metrics to report during training; the first one is the score
     recipe                 the recipe of its training, or the first word of its recipes' names
     describe(values)       those metrics in words
 
-Fine-tuning, testing, prediction and export use these members only, so they work for every task. To add a task, add one
-file to `tasks/` with a `Config(TaskConfig)` and one subclass of `Task`, and a recipe.
+Fine-tuning, testing, prediction and export use these members, and those of `TaskConfig`, and do not depend on the task.
+To add a task, add one file to `tasks/` with a `Config` and one subclass of `Task`, and a recipe
+(`docs/write-a-method.md`). `Config` is a subclass of `TaskConfig`, of `MaskTaskConfig` for tasks that read segmentation
+masks, and of `PartialTaskConfig` for tasks that can train the last blocks of the encoder only.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, ClassVar, Generic, Literal, TypeVar
+from typing import Any, ClassVar, Generic, Literal, Self, TypeVar
 
+from pydantic import model_validator
 from torch import Tensor
 
-from unmask.batch import Batch
+from unmask.batch import IGNORED, Batch
+from unmask.data.annotations.segmentation_masks import MaskOptions, SegmentationMasks, first_ids
 from unmask.method import Method, MethodConfig
 from unmask.metrics.measurement import Measurement, Metric
+from unmask.nn.freeze import check_blocks
 from unmask.nn.inputs import Scale
 from unmask.nn.vit import ViT, ViTConfig
-
-if TYPE_CHECKING:
-    from unmask.data.annotations.segmentation_masks import MaskOptions
 
 Annotation = Literal["classes", "masks", "boxes"]
 """One class per image, one class per pixel, or boxes with a class each."""
@@ -55,19 +58,109 @@ class TaskConfig(MethodConfig):
         """
         return None
 
+    @property
+    def class_ids(self) -> tuple[int, ...]:
+        """The id of each class in mask files."""
+        return tuple(range(len(self.classes)))
+
+    @property
+    def trained_blocks(self) -> float | None:
+        """Number of last blocks of the encoder that are trained with the head; None for the whole encoder."""
+        return None
+
+    @classmethod
+    def refusal(cls, asked: Mapping[str, Any]) -> str | None:
+        """Return why the settings `asked`, such as {"method.width": 64}, cannot be set by hand; None if they can."""
+        if "method.classes" in asked:
+            return (
+                "method.classes cannot be set: classes are read from the data; name them by sub-folders, in "
+                "classes.txt or in the annotations"
+            )
+        return None
+
+    def with_masks(self, masks: SegmentationMasks) -> Self:
+        """Return these settings with the options with which the training masks were read, for resuming."""
+        return self
+
+    def from_scratch(self) -> Self:
+        """Return these settings for training from random weights."""
+        return self
+
+
+class MaskTaskConfig(TaskConfig):
+    """Base of the settings of tasks that read segmentation masks.
+
+    ignored: ids in the mask files that are not classes, stored so that other masks are read in the same way. values:
+    the id of each class, None for all ids that are not ignored. stored_pixels: whether masks belong to the stored
+    pixels of images with an EXIF orientation.
+    """
+
+    ignored: tuple[int, ...] = (IGNORED,)
+    values: tuple[int, ...] | None = None
+    stored_pixels: bool = False
+
+    @property
+    def ignored_ids(self) -> tuple[int, ...]:
+        return self.ignored
+
+    def mask_options(self, *, of_training_images: bool) -> MaskOptions:
+        return MaskOptions(self.values or (), stored=self.stored_pixels if of_training_images else None)
+
+    @property
+    def class_ids(self) -> tuple[int, ...]:
+        return self.values or tuple(first_ids(len(self.classes), self.ignored))
+
+    @classmethod
+    def refusal(cls, asked: Mapping[str, Any]) -> str | None:
+        why = {
+            "method.ignored": "it is needed before the masks are read; give --ignore ID",
+            "method.values": "it is needed before the masks are read; give --mask-values ID,ID",
+            "method.stored_pixels": "it is detected when the masks are read; leave it out",
+        }
+        refused = [f"{key} cannot be set: {reason}" for key, reason in why.items() if key in asked]
+        return refused[0] if refused else super().refusal(asked)
+
+    def with_masks(self, masks: SegmentationMasks) -> Self:
+        changes: dict[str, Any] = {"stored_pixels": masks.stored, "ignored": masks.ignored}
+        if masks.values:  # 255 may be one of them; then it is not ignored
+            changes["values"] = masks.values
+        return self.model_copy(update=changes)
+
+
+class PartialTaskConfig(TaskConfig):
+    """Base of the settings of tasks that accept `unmask finetune --last-blocks`; they apply it with `nn.freeze`.
+
+    last_blocks: how many of the encoder's last blocks are trained with the head; None, or all of them, for the whole
+    encoder. 0 trains only the head, 0.5 also the MLP of the last block.
+    """
+
+    last_blocks: float | None = None
+
+    @model_validator(mode="after")
+    def _blocks_that_there_are(self) -> Self:
+        check_blocks(self.last_blocks, self.encoder.depth)
+        return self
+
+    @property
+    def trained_blocks(self) -> float | None:
+        return self.last_blocks
+
 
 class Task(Method, Generic[Prediction, Truth]):
     """A supervised method; see the module docstring.
 
-    Prediction: type of one prediction. Truth: type of the annotations of the test images, or None for classes, which
-    are in the batches. title: name of the task for messages. classes: names of the classes, in the order of the class
-    numbers. recipe: the task's recipe, or the first word of the names of its recipes. recipe_depends_on: the properties
-    by which one of several recipes is chosen.
+    Prediction: type of one prediction. For classes it is (K,) float32 probabilities, for masks (H, W) int64 class
+    numbers, for boxes `tasks.detect.Found`. Truth: type of the annotations of the test images, or None for classes,
+    which are in the batches. title: the task's name for messages. needs: the annotations of the data, in a phrase for
+    help texts; a literal, because it is read without importing the file; "" for a task that `unmask finetune` does not
+    offer. recipe: its recipe, or the first word of the names of its recipes. recipe_depends_on: the properties by which
+    one of several recipes is chosen.
     """
 
     annotation: ClassVar[Annotation]
     headline: ClassVar[tuple[Metric, ...]]
     title: ClassVar[str]
+    needs: ClassVar[str]
     recipe: ClassVar[str]
     recipe_depends_on: ClassVar[RecipeChoice] = "width"
     encoder: ViT
@@ -98,5 +191,5 @@ class Task(Method, Generic[Prediction, Truth]):
 
     @classmethod
     def describe(cls, values: Mapping[str, float]) -> str:
-        """Return the headline metrics in words, such as '61.3% mean IoU, 80.0% of all pixels right'."""
+        """Return the headline metrics in words, such as '61.3% mean IoU, 80.0% pixel accuracy'."""
         return ", ".join(f"{values[metric.name]:.1%} {metric.words}" for metric in cls.headline)

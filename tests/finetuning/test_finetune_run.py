@@ -21,6 +21,7 @@ from unmask.engine import resolve
 from unmask.engine.load import load, read_config, read_plan
 from unmask.errors import UserError
 from unmask.finetuning import choose_recipe, configure, final_test, finetune_run, paper_linear_probe
+from unmask.finetuning.choose_recipe import task_for
 from unmask.finetuning.finetune_run import FinetuneOptions
 from unmask.finetuning.predict_images import PredictOptions, predict
 from unmask.recipes.catalogue import find
@@ -251,6 +252,14 @@ def test_predict_rejects_a_run_that_is_not_fine_tuned(pretrained, tests, tmp_pat
 def test_invalid_options_are_rejected_before_training(pretrained, data, tests, tmp_path):
     with pytest.raises(ConfigError, match="pre-trains without labels"):
         tune(pretrained, data, tmp_path / "a", recipe="mae_nano")
+    with pytest.raises(ConfigError, match=r"got --task detect and recipe segment_nano, which is for --task segment"):
+        tune(pretrained, data, tmp_path / "a", task="detect", recipe="segment_nano")
+    with pytest.raises(ConfigError, match="got --last-blocks 1 with --task linear_probe, which cannot train the last"):
+        tune(pretrained, data, tmp_path / "a", task="linear_probe", last_blocks=1)
+    with pytest.raises(ConfigError, match=r"method.values cannot be set: .*--mask-values"):
+        tune(pretrained, data, tmp_path / "a", "method.values=[1,2]", task="segment")
+    with pytest.raises(ConfigError, match=r"method.head=linear, which has no width"):
+        tune(pretrained, data, tmp_path / "a", "method.head=linear", "method.width=8", task="segment")
     with pytest.raises(ConfigError, match="frozen random blocks"):
         tune(pretrained, data, tmp_path / "a", from_scratch=True, last_blocks=1)
     with pytest.raises(ConfigError, match="encoder of 2 blocks"):
@@ -264,6 +273,14 @@ def test_invalid_options_are_rejected_before_training(pretrained, data, tests, t
     with pytest.raises(ConfigError, match=r"got both --last-blocks and method.last_blocks"):
         tune(pretrained, data, tmp_path / "a", "method.last_blocks=1", last_blocks=1)
     assert not (tmp_path / "a").exists()
+
+
+def test_the_task_follows_from_the_recipe_unless_it_is_given():
+    assert task_for(None, "auto") == "classify"
+    assert task_for(None, "segment_nano") == "segment"
+    assert task_for("detect", "auto") == "detect"
+    with pytest.raises(ConfigError, match="pre-trains without labels"):
+        task_for(None, "mae_nano")
 
 
 def test_test_images_of_unknown_classes_are_rejected(pretrained, data, tmp_path):

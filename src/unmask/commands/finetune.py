@@ -46,7 +46,9 @@ class FinetuneRequest(Request):
     data: Data
     _: KW_ONLY
     exclude: Exclude = ()
-    task: Annotated[str, Option("Task to train.", metavar="TASK", choices=tasks)] = "classify"
+    task: Annotated[
+        str | None, Option("Task to train.", metavar="TASK", default="that of --recipe, or classify", choices=tasks)
+    ] = None
     test: TestData = None
     annotations: Annotated[
         str | None,

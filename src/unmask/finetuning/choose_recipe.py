@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from unmask.config import task_names
+from unmask.config import ConfigError, task_class, task_names
 from unmask.nn.vit import ViTConfig
 from unmask.recipes import catalogue
 from unmask.task import Task
 
+DEFAULT_TASK = "classify"
 FEW, SOME = 1_000, 10_000
 BASE, LARGE, HUGE = 700, 1_000, 1_200  # smallest widths of the encoders that these recipes are for
 
@@ -16,6 +17,25 @@ BASE, LARGE, HUGE = 700, 1_000, 1_200  # smallest widths of the encoders that th
 def finetuning_recipes() -> list[str]:
     """Return the names of all fine-tuning recipes."""
     return [name for name, make in catalogue.all_recipes().items() if make().method.name in task_names()]
+
+
+def task_for(task: str | None, recipe: str) -> str:
+    """Return the task of a fine-tuning: that of the recipe, or classify for the recipe "auto".
+
+    task: the requested task, or None. Raises ConfigError if the task is unknown, or does not fit the recipe.
+    """
+    if recipe in ("auto", DEFAULT_TASK):
+        own = None
+    elif (own := catalogue.find(recipe).method.name) not in task_names():
+        raise ConfigError(
+            f"got recipe {recipe}, which pre-trains without labels; choose one of {', '.join(finetuning_recipes())}, "
+            "or leave --recipe out"
+        )
+    if task is not None:
+        task_class(task)
+        if own is not None and own != task:
+            raise ConfigError(f"got --task {task} and recipe {recipe}, which is for --task {own}; change one of them")
+    return task or own or DEFAULT_TASK
 
 
 def choose_recipe(

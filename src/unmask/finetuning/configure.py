@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from unmask.config import Config, ConfigError, Graft, parse, task_names
+from unmask.config import Config, ConfigError, Graft, method_module, parse, task_class, task_names
 from unmask.console import Console
 from unmask.data.annotations.segmentation_masks import SegmentationMasks
 from unmask.data.augment import crop_for
@@ -23,27 +23,22 @@ from unmask.nn.vit import ViTConfig
 from unmask.optim import OptimConfig
 from unmask.recipes import catalogue
 from unmask.run import Run
+from unmask.task import TaskConfig
 from unmask.tasks import classify
 
 PLAIN = "classify"
 PLAIN_OPTIM = OptimConfig(base_lr=1e-3, betas=(0.9, 0.999), weight_decay=0.05, warmup=0.05)
 UNSETTABLE = {
-    "method.classes": "classes are read from the data; name them by sub-folders, in classes.txt or in the annotations",
-    "method.ignored": "this setting is needed before the masks are read; give --ignore ID",
-    "method.values": "this setting is needed before the masks are read; give --mask-values ID,ID",
-    "method.stored_pixels": "its value is detected when the masks are read; leave it out",
     "data.mean": "the normalisation belongs to the weights; leave it out",
     "data.std": "the normalisation belongs to the weights; leave it out",
 }
 
 
-def finetuning_config(
-    pretrained: Config, classes: Sequence[str], recipe: str = PLAIN, *, ignored: Sequence[int] = ()
-) -> Config:
+def finetuning_config(pretrained: Config, classes: Sequence[str], recipe: str = PLAIN) -> Config:
     """Return the configuration of a supervised run with the encoder and images of `pretrained`, without weights.
 
-    recipe: name from `recipes/fine_tuning.py`, or PLAIN, which trains with the length of `pretrained`. ignored: ids in
-    masks to ignore. Raises ConfigError if the encoder is not a vision transformer, or the recipe is not for
+    recipe: name from `recipes/fine_tuning.py`, or PLAIN, which trains for as long as `pretrained`.
+    Raises ConfigError if the encoder is not a vision transformer, or the recipe is not for
     fine-tuning.
     """
     encoder = pretrained.method.encoder
@@ -63,17 +58,17 @@ def finetuning_config(
         )
     crop = crop_for(found.data.crop, pretrained.data.size, found.data.size)
     data = pretrained.data.model_copy(update={"crop": crop})
-    changes = {"encoder": encoder, "classes": tuple(classes)} | ({"ignored": tuple(ignored)} if ignored else {})
+    changes = {"encoder": encoder, "classes": tuple(classes)}
     return found.model_copy(update={"method": found.method.model_copy(update=changes), "data": data})
 
 
-def require_settable(asked: Mapping[str, Any]) -> None:
+def require_settable(task: str, asked: Mapping[str, Any]) -> None:
     """Raise ConfigError for settings KEY=VALUE that fine-tuning determines itself, or that would have no effect."""
+    if refusal := task_settings(task).refusal(asked):
+        raise ConfigError(refusal)
     for key, why in UNSETTABLE.items():
         if key in asked:
             raise ConfigError(f"{key} cannot be set: {why}")
-    if asked.get("method.head") == "linear" and "method.width" in asked:
-        raise ConfigError("got method.width with method.head=linear, which has no width; leave one of them out")
 
 
 def enlarged(config: Config, median: tuple[int, int], most: tuple[int, int], console: Console) -> Config:
@@ -93,13 +88,11 @@ def enlarged(config: Config, median: tuple[int, int], most: tuple[int, int], con
     return larger
 
 
-def config_from_run(
-    run: Run, classes: Sequence[str], recipe: str = PLAIN, *, ignored: Sequence[int] = (), from_scratch: bool = False
-) -> Config:
+def config_from_run(run: Run, classes: Sequence[str], recipe: str = PLAIN, *, from_scratch: bool = False) -> Config:
     """Return `finetuning_config` for a run, with its newest weights, image size and normalisation."""
     step, _ = checkpoint.load_model(run)
     plan = read_plan(run)
-    config, spec = finetuning_config(read_config(run), classes, recipe, ignored=ignored), plan.images
+    config, spec = finetuning_config(read_config(run), classes, recipe), plan.images
     data: dict[str, Any] = {"size": spec.size, "channels": spec.channels, "mean": spec.mean, "std": spec.std}
     data |= config.data.as_settled(plan.reading)
     if config.data.pages == "samples":  # labels belong to files, not to pages of files
@@ -107,9 +100,8 @@ def config_from_run(
     none = dict.fromkeys(("test", "annotations", "test_annotations", "test_split"))
     taken = Graft(run=str(run.path.absolute()), source="encoder.", target="encoder.", step=step)
     graft = () if from_scratch else (taken,)
-    if from_scratch and isinstance(config.method, classify.Config) and config.method.head_std is None:
-        method = config.method.model_copy(update={"head_std": classify.SCRATCH_STD})
-        config = config.model_copy(update={"method": method})
+    if from_scratch:
+        config = config.model_copy(update={"method": settings_of(config).from_scratch()})
     return config.model_copy(update={"data": config.data.model_copy(update=data | none), "graft": graft})
 
 
@@ -132,7 +124,16 @@ def with_masks(config: Config, annotated: AnnotatedImages) -> Config:
     """Add the options with which the masks were read to the configuration, where a resumed run finds them."""
     if not isinstance(maps := annotated.annotations, SegmentationMasks):
         return config
-    changes: dict[str, Any] = {"stored_pixels": maps.stored}
-    if maps.values:  # if 255 is a class, it is not ignored
-        changes |= {"values": maps.values, "ignored": maps.ignored}
-    return config.model_copy(update={"method": config.method.model_copy(update=changes)})
+    return config.model_copy(update={"method": settings_of(config).with_masks(maps)})
+
+
+def task_settings(task: str) -> type[TaskConfig]:
+    """Return the class of a task's settings. Raises ConfigError for an unknown task."""
+    task_class(task)
+    return method_module(task).Config
+
+
+def settings_of(config: Config) -> TaskConfig:
+    """Return the settings of a supervised run's task."""
+    assert isinstance(config.method, TaskConfig), "only supervised runs have a task"
+    return config.method

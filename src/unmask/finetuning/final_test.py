@@ -21,6 +21,7 @@ from unmask.finetuning.test_set import TestSet, open_test_set, task_of
 from unmask.nn.modes import eval_mode
 from unmask.results import SCORE, FinetuneResult, ImageSet, TestIdentity, TestOnTheWay, read_score, to_json
 from unmask.run import Run, RunError
+from unmask.task import TaskConfig
 
 
 def measure_run(run: Run, *, console: Console | None = None) -> FinetuneResult:
@@ -28,32 +29,35 @@ def measure_run(run: Run, *, console: Console | None = None) -> FinetuneResult:
     console = console or Console()
     loaded = load(run.path, device=choose_device(read_plan(run).device))
     data, settings = loaded.config.data, loaded.config.method
+    assert isinstance(settings, TaskConfig), "only supervised runs have a test"
     annotated = reopen(loaded.config, loaded.plan, open_source(data.source, data.exclude), tests_only=data.test is None)
     test_set = open_test_set(loaded.config, loaded.plan, annotated, console)
     with torch.inference_mode(), eval_mode(loaded.method), autocast(eval_precision(loaded), loaded.device):
         measured = test_set.measure(loaded.method)
-    headline, details = task_of(loaded.method).headline[0].name, measured.details
+    metrics = task_of(loaded.method).headline
+    headline = metrics[0].name
     tests = tests_during_training(run, headline, console)
     best = max(tests, key=lambda row: row[f"test_{headline}"], default=None)
     result = FinetuneResult(
         task=settings.name,
         metric=headline,
         numbers=measured.values,
+        words={metric.name: metric.words for metric in metrics},
         data=ImageSet(name=data.place, digest=annotated.source.fingerprint(), excluded=tuple(data.exclude)),
         test=_identity_of_test(data.test, test_set),
         step=loaded.step,
         low=measured.low,
         high=measured.high,
-        correct=details.get("correct"),
-        by_class=details.get("ious") or details.get("ap50_of_class") or {},
-        confusion=tuple(map(tuple, details.get("confusion", ()))),
+        correct=measured.correct,
+        by_class=measured.by_class,
+        confusion=measured.confusion,
         classes=annotated.classes,
         train_images=loaded.plan.num_images,
-        test_images=details.get("total", details.get("images", len(test_set.rows))),
+        test_images=measured.images,
         best=None if best is None else TestOnTheWay(step=best["step"], value=best[f"test_{headline}"]),
         averaged=tests[-1].get(f"test_averaged_{headline}") if tests else None,
         recipe=loaded.config.recipe,
-        last_blocks=settings.model_dump().get("last_blocks"),
+        last_blocks=settings.trained_blocks,
         initial_run=loaded.config.graft[0].run if loaded.config.graft else None,
     )
     run.write(SCORE, to_json(result))
@@ -84,10 +88,9 @@ def report_result(run: Run, console: Console) -> None:
     if found is None:
         return
     task = task_class(found.task)
-    first = task.headline[0].name
     text = f"{task.describe(found.numbers)} on {found.test_images} test images with the last weights"
     if found.low is not None and found.high is not None:
-        text += f" (95% interval of {first.replace('_', ' ')}: {found.low:.1%} to {found.high:.1%})"
+        text += f" (95% interval of {task.headline[0].words}: {found.low:.1%} to {found.high:.1%})"
     if found.averaged is not None:
         text += f"; {found.averaged:.1%} with the moving average of the weights"
     if (best := found.best) is not None and not math.isclose(best.value, found.value, abs_tol=1e-9):

@@ -51,13 +51,15 @@ from unmask.finetuning.annotated import (
     reopen,
     split_rows,
 )
-from unmask.finetuning.choose_recipe import choose_recipe
+from unmask.finetuning.choose_recipe import choose_recipe, task_for
 from unmask.finetuning.configure import (
     config_from_run,
     enlarged,
     finetuning_config,
     require_settable,
+    settings_of,
     steps_like,
+    task_settings,
     with_masks,
 )
 from unmask.finetuning.final_test import measure_run, report_result
@@ -67,23 +69,24 @@ from unmask.recipes import catalogue
 from unmask.results import read_score
 from unmask.run import Run
 from unmask.system.processes import reject_several_processes
+from unmask.task import PartialTaskConfig
 
 
 @dataclass(frozen=True)
 class FinetuneOptions:
     """Options of a fine-tuning.
 
-    task: name of a file of `tasks/`. exclude: for classes, patterns of file names to leave out. annotations: location
-    of masks or boxes (None: search beside the images). split: name of a list of images in a VOC folder. test: separate
-    test images (None: hold out a fifth of the data). test_annotations, test_split: like annotations and split, for the
-    separate test images. ignored: ids in masks to ignore. mask_options: other options for reading masks. shots: number
-    of labels per class, or number of images for masks and boxes (None: all). recipe: name from
-    `recipes/fine_tuning.py`, or "auto". last_blocks: number of last blocks of the encoder to train (None: as in the
-    recipe). from_scratch: whether to start from random weights. steps_of: run whose number of steps and batch size are
-    used. settings: KEY=VALUE assignments.
+    task: name of a file of `tasks/` (None: the task of the recipe, or classify). exclude: for classes, patterns of file
+    names to leave out. annotations: location of masks or boxes (None: search beside the images). split: name of a list
+    of images in a VOC folder. test: separate test images (None: hold out a fifth of the data). test_annotations,
+    test_split: like annotations and split, for the separate test images. ignored: ids in masks to ignore. mask_options:
+    other options for reading masks. shots: number of labels per class, or number of images for masks and boxes (None:
+    all). recipe: name from `recipes/fine_tuning.py`, or "auto". last_blocks: number of last blocks of the encoder to
+    train (None: as in the recipe). from_scratch: whether to start from random weights. steps_of: run whose number of
+    steps and batch size are used. settings: KEY=VALUE assignments.
     """
 
-    task: str = "classify"
+    task: str | None = None
     exclude: Sequence[str] = ()
     annotations: str | None = None
     split: str | None = None
@@ -163,27 +166,32 @@ def finetune(
     stopped run. Raises UserError for invalid input.
     """
     options, console, budget = options or FinetuneOptions(), console or Console(), as_budget(budget)
+    task = task_for(options.task, options.recipe)
     if out is not None:
         Run.check_free(out)
-    settings = checked_settings(options, budget, console)
+    settings = checked_settings(task, options, budget, console)
     reject_several_processes()
     run = Run.open(from_run)
     finetuning_config(
         read_config(run), ("one", "other")
     )  # called here to reject unsupported encoders before images are read
-    examples = open_examples(data, options, console)
+    examples = open_examples(task, data, options, console)
     recipe, why = options.recipe, f"recipe {options.recipe}: as requested"
     if recipe == "auto":
         pretrained: Any = read_config(run).method
         recipe, why = choose_recipe(
-            task_class(options.task), pretrained.encoder, len(examples.train), from_scratch=options.from_scratch
+            task_class(task), pretrained.encoder, len(examples.train), from_scratch=options.from_scratch
         )
     config, source, found = configure(
-        run, examples, options=replace(options, recipe=recipe, settings=settings), budget=budget, console=console
+        run,
+        examples,
+        options=replace(options, task=task, recipe=recipe, settings=settings),
+        budget=budget,
+        console=console,
     )
     where = {
         "test": options.test,
-        "annotations": annotations_of(options.task, data, options.annotations, examples.annotated),
+        "annotations": annotations_of(task, data, options.annotations, examples.annotated),
         "test_annotations": options.test_annotations,
         "test_split": options.test_split,
     }
@@ -212,9 +220,8 @@ def finetune(
     return done
 
 
-def checked_settings(options: FinetuneOptions, budget: Budget | None, console: Console) -> list[str]:
+def checked_settings(task: str, options: FinetuneOptions, budget: Budget | None, console: Console) -> list[str]:
     """Return the settings KEY=VALUE that the options imply. Reads no images. Raises ConfigError."""
-    task_class(options.task)  # called here to reject an unknown task
     if options.test is None and (options.test_annotations is not None or options.test_split is not None):
         raise ConfigError("got --test-annotations or --test-split without --test; give --test too")
     settings = [*options.settings, *steps_like(options.steps_of, options.settings, budget)]
@@ -223,23 +230,26 @@ def checked_settings(options: FinetuneOptions, budget: Budget | None, console: C
             "with a time budget, a run from scratch may train for a different number of steps than the run it is "
             "compared with; use --steps-of RUN instead of --budget for the same number"
         )
-    require_settable(parse(settings))
+    require_settable(task, parse(settings))
     if options.last_blocks is not None:
+        if not issubclass(task_settings(task), PartialTaskConfig):
+            raise ConfigError(
+                f"got --last-blocks {options.last_blocks:g} with --task {task}, which cannot train the last "
+                "blocks only; leave it out"
+            )
         if "method.last_blocks" in parse(settings):
             raise ConfigError("got both --last-blocks and method.last_blocks; leave one of them out")
         settings.append(f"method.last_blocks={options.last_blocks}")
     return settings
 
 
-def open_examples(data: str, options: FinetuneOptions, console: Console) -> Examples:
+def open_examples(task: str, data: str, options: FinetuneOptions, console: Console) -> Examples:
     """Open the training and test images with their annotations. Raises UserError if they cannot be used."""
-    annotated = open_annotated(options.task, data, options.annotation_options(), console=console)
+    annotated = open_annotated(task, data, options.annotation_options(), console=console)
     train, held_out = split_rows(annotated, options.shots, hold=options.test is None)
     if options.test is None:
         return Examples(annotated, train, held_out)
-    test = open_annotated(
-        options.task, options.test, options.test_annotation_options(annotated.classes), console=console
-    )
+    test = open_annotated(task, options.test, options.test_annotation_options(annotated.classes), console=console)
     shared = shared_files(annotated.source, train, test.source, test.rows)
     if len(shared) == len(test.rows):
         raise ConfigError(
@@ -253,12 +263,8 @@ def configure(
     run: Run, examples: Examples, options: FinetuneOptions, budget: Budget | None, console: Console
 ) -> tuple[Config, Source, Scan]:
     """Return the configuration of the new run, its images and their scan. Raises ConfigError if they do not fit."""
-    annotated, recipe, task = examples.annotated, options.recipe, options.task
-    config = config_from_run(run, annotated.classes, recipe, ignored=options.ignored, from_scratch=options.from_scratch)
-    if config.method.name != task:
-        raise ConfigError(
-            f"got --task {task} and recipe {recipe}, which is for --task {config.method.name}; change one of them"
-        )
+    annotated, recipe = examples.annotated, options.recipe
+    config = config_from_run(run, annotated.classes, recipe, from_scratch=options.from_scratch)
     config = resolve.resolve_config(
         with_masks(config, annotated), list(options.settings), budget=budget, source=annotated.source
     )
@@ -267,9 +273,9 @@ def configure(
             "got data.pages=samples; expected first or channels: labels, masks and boxes belong to files, not to pages"
         )
     source, found = training_data.scan_source(annotated.source, config, console)
-    if task_class(task).whole_images() and "data.size" not in parse(options.settings):
+    if task_class(config.method.name).whole_images() and "data.size" not in parse(options.settings):
         config = enlarged(config, found.median_size, catalogue.find(recipe).data.size, console)
-    if options.from_scratch and config.method.model_dump().get("last_blocks") is not None:
+    if options.from_scratch and settings_of(config).trained_blocks is not None:
         raise ConfigError(
             "got --from-scratch and --last-blocks together; frozen random blocks learn nothing; leave one of them out"
         )

@@ -26,6 +26,7 @@ from unmask.engine.load import Loaded, load
 from unmask.errors import UserError
 from unmask.evals.images import eval_precision, read
 from unmask.evals.reconstruct_images import open_images
+from unmask.finetuning.configure import settings_of
 from unmask.finetuning.prediction_files import WRITERS, Predicted, PredictionFile, require_out
 from unmask.results import PredictResult
 from unmask.task import Task
@@ -68,7 +69,7 @@ def predict(
     file = PredictionFile(
         out=out,
         classes=names_of(task),
-        settings=loaded.config.method.model_dump(),
+        settings=settings_of(loaded.config),
         images=list(source.names),
         min_score=options.min_score,
     )

@@ -25,12 +25,11 @@ import numpy as np
 from PIL import Image
 
 from unmask.data.annotations.mask_folders import CLASSES_FILE
-from unmask.data.annotations.segmentation_masks import first_ids
 from unmask.data.files.csv_cells import marked
 from unmask.data.files.safe_names import safe_names
 from unmask.errors import UserError, name_in_errors
 from unmask.system.atomic_files import replace_file
-from unmask.task import Annotation
+from unmask.task import Annotation, TaskConfig
 from unmask.tasks.detect import LEAST_SCORE, Found
 from unmask.tasks.segment import colour_table
 
@@ -67,7 +66,7 @@ class PredictionFile:
 
     out: Path
     classes: list[str]
-    settings: dict[str, Any]
+    settings: TaskConfig
     images: list[str]
     min_score: float = LEAST_SCORE
 
@@ -117,7 +116,7 @@ class MaskFolder:
 
     def write(self, file: PredictionFile, predictions: Iterable[Predicted]) -> Written:
         names = file.classes
-        numbers = list(file.settings["values"] or first_ids(len(names), file.settings["ignored"]))
+        numbers = list(file.settings.class_ids)
         ids = np.array(numbers, np.uint8 if max(numbers) < 256 else np.uint16)  # 16-bit PNGs have no palette
         palette = mask_palette(ids)
         done, counts = 0, np.zeros(len(names), np.int64)

@@ -33,10 +33,6 @@ from unmask.run import PROVENANCE, Run
 
 OTHER_TASKS = ("ae", "dae", "dvae", "igpt")  # methods that hide no patches
 NOT_STATED = "not stated"
-METRICS: dict[str, str] = {
-    "accuracy": "accuracy", "mean_iou": "mean IoU", "pixel_accuracy": "pixel accuracy", "ap50": "AP50", "ap": "AP",
-}  # fmt: skip
-"""Metrics of a fine-tuned run that the card shows; all are between 0 and 1."""
 OWN_FEATURES = (PRETRAINED, *CONTROLS)
 """Feature sets of this run; the card leaves out other runs."""
 
@@ -221,16 +217,15 @@ def finetune_rows(result: FinetuneResult, model: str) -> list[ResultRow]:
     task = f" for {task_class(result.task).title}" if result.task in task_names() else ""
     data = last_name(str(result.data))
     title = f"Fine-tuned on {data}{task}, tested on {test_name(result)}"
-    names: list[str] = [result.metric, *(name for name in METRICS if name != result.metric and name in result.numbers)]
     return [
         ResultRow(
             measured=title,
             features=model,
             step=result.step,
-            metric=METRICS.get(name, name),
+            metric=words,
             value=_headline(result) if name == result.metric else show_score(result.numbers[name], ACCURACY),
         )
-        for name in names
+        for name, words in result.metric_words.items()
     ]
 
 

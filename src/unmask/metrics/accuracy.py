@@ -23,4 +23,4 @@ def measure_accuracy(logits: Callable[[Tensor], Tensor], batches: Iterable[Batch
         correct += (logits(batch.images.to(device)).argmax(1) == labels).sum()
         total += len(batch)
     low, high = wilson(int(correct), total)
-    return Measurement({"accuracy": int(correct) / total}, low, high, {"correct": int(correct), "total": total})
+    return Measurement({"accuracy": int(correct) / total}, low, high, images=total, correct=int(correct))

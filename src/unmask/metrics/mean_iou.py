@@ -69,13 +69,15 @@ class Scores:
     num_images: int
 
     def as_measurement(self) -> Measurement:
-        """Convert to a Measurement; its details hold the IoU of each class, None for classes that do not occur."""
+        """Convert to a Measurement with the IoU of each class, None for classes that do not occur."""
         ious = {name: None if np.isnan(iou) else float(iou) for name, iou in zip(self.classes, self.ious, strict=True)}
         return Measurement(
             {"mean_iou": self.mean_iou, "pixel_accuracy": self.pixel_accuracy},
             self.interval.low,
             self.interval.high,
-            {"ious": ious, "images": self.num_images, "confusion": self.confusion.tolist()},
+            images=self.num_images,
+            by_class=ious,
+            confusion=tuple(map(tuple, self.confusion.tolist())),
         )
 
 

@@ -30,7 +30,6 @@ from unmask.system.atomic_files import replace_file
 
 MOST_PICTURES = 3
 MOST_BAD_FILES = 50
-METRICS = {"mean_iou": "mean IoU", "ap50": "AP50", "accuracy": "accuracy"}
 
 
 @dataclass(frozen=True)
@@ -197,7 +196,7 @@ def finetune_section(result: FinetuneResult | None, metrics: Sequence[Row]) -> F
     """Describe the test result of a supervised run, or return None if the run has not been tested."""
     if result is None:
         return None
-    name = METRICS.get(result.metric, result.metric)
+    name = result.metric_words[result.metric]
     text = f"{name} {100 * result.value:.1f}% on {result.test_images:,} test images"
     if result.low is not None and result.high is not None:
         text += f" (95% interval {100 * result.low:.1f} to {100 * result.high:.1f}%)"

@@ -15,6 +15,10 @@ TITLES = {
     "paper-linear": "Linear probe by the paper's protocol",
 }  # fmt: skip
 HELD_OUT_SENTENCE = "a held-out fifth of "
+METRIC_WORDS = {
+    "accuracy": "accuracy", "mean_iou": "mean IoU", "pixel_accuracy": "pixel accuracy", "ap50": "AP50", "ap": "AP",
+}  # fmt: skip
+"""Names of metrics in texts, for results of fine-tuned runs that do not contain them."""
 SHARES = ("accuracy", "mean_iou", "pixel_accuracy", "ap", "ap50", "ap75")  # keys of fine-tuned.json
 
 

@@ -26,7 +26,7 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor, nn
 
 from unmask.batch import Batch, ImageSpec
@@ -34,19 +34,19 @@ from unmask.method import Clock, Loss, Picture
 from unmask.metrics.accuracy import measure_accuracy
 from unmask.metrics.measurement import Measurement, Metric
 from unmask.nn.blocks import draw_paths, layer_norm
-from unmask.nn.freeze import check_blocks, freeze
+from unmask.nn.freeze import freeze
 from unmask.nn.inputs import Scale
 from unmask.nn.losses import full_precision
 from unmask.nn.mixing import MIX_DRAWS, mix, soft_targets
 from unmask.nn.rand_augment import DRAWS, ERASE_DRAWS, MOST, erase, rand_augment
 from unmask.nn.vit import ViT
 from unmask.rng import MASK32, Stream, uniform, words
-from unmask.task import Task, TaskConfig
+from unmask.task import PartialTaskConfig, Task
 
 HEAD_STD, LINEAR_STD, SCRATCH_STD = 2e-5, 0.01, 0.02
 
 
-class Config(TaskConfig):
+class Config(PartialTaskConfig):
     """Settings of the classifier.
 
     classes: names, in the order of the labels. smoothing: label smoothing, 0 to 1. last_blocks: how many of the
@@ -60,7 +60,6 @@ class Config(TaskConfig):
 
     name: Literal["classify"] = "classify"
     classes: tuple[str, ...] = Field(min_length=2)
-    last_blocks: float | None = None
     smoothing: float = Field(default=0.1, ge=0, lt=1)
     drop_path: float = Field(default=0.0, ge=0, lt=1)
     mixup: float = Field(default=0.0, ge=0)
@@ -69,18 +68,17 @@ class Config(TaskConfig):
     erasing: float = Field(default=0.0, ge=0, le=1)
     head_std: float | None = Field(default=None, gt=0)
 
-    @model_validator(mode="after")
-    def _blocks_that_there_are(self) -> Config:
-        check_blocks(self.last_blocks, self.encoder.depth)
-        return self
+    def from_scratch(self) -> Config:
+        return self if self.head_std is not None else self.model_copy(update={"head_std": SCRATCH_STD})
 
 
 class Classifier(Task[Tensor, None]):
     """See the module docstring. A prediction is (K,) float32, the probability of each class."""
 
     annotation = "classes"
-    headline = (Metric("accuracy", "right"),)
+    headline = (Metric("accuracy", "accuracy"),)
     title = "classification"
+    needs = "one sub-folder per class"
     recipe = "finetune"
     recipe_depends_on = "width and labels"
     head_name = "the classifier"

@@ -34,7 +34,7 @@ from typing import Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int, Shaped
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor, nn
 
 from unmask.batch import Batch, ImageSpec
@@ -45,13 +45,13 @@ from unmask.metrics.average_precision import ImageBoxes, average_precision, true
 from unmask.metrics.measurement import Measurement, Metric
 from unmask.nn.blocks import draw_paths
 from unmask.nn.boxes import area, clip, giou, outline, suppress
-from unmask.nn.freeze import check_blocks, freeze
+from unmask.nn.freeze import freeze
 from unmask.nn.inputs import Scale
 from unmask.nn.patches import grid_of
 from unmask.nn.pyramid import ChannelNorm, Pyramid
 from unmask.nn.vit import ViT
 from unmask.rng import Stream
-from unmask.task import Task, TaskConfig
+from unmask.task import PartialTaskConfig, Task
 
 ALPHA, GAMMA = 0.25, 2.0  # Parameters of the focal loss.
 PRIOR = 0.01  # Initial class score: nearly all cells are background.
@@ -63,7 +63,7 @@ DRAWN_SCORE = 0.4
 COLOURS = ((1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (1, 0, 1), (0, 1, 1))
 
 
-class Config(TaskConfig):
+class Config(PartialTaskConfig):
     """Settings of the detector.
 
     classes: names, in the order of the labels. width: channels of pyramid and head. convs: convolutions in each of the
@@ -76,15 +76,9 @@ class Config(TaskConfig):
 
     name: Literal["detect"] = "detect"
     classes: tuple[str, ...] = Field(min_length=1)
-    last_blocks: float | None = None
     width: int = Field(default=256, gt=0)
     convs: int = Field(default=4, ge=0)
     drop_path: float = Field(default=0.0, ge=0, lt=1)
-
-    @model_validator(mode="after")
-    def _blocks_that_there_are(self) -> Config:
-        check_blocks(self.last_blocks, self.encoder.depth)
-        return self
 
 
 class Cells(NamedTuple):
@@ -167,6 +161,7 @@ class Detector(Task[Found, BoxAnnotations]):
     annotation = "boxes"
     headline = (Metric("ap50", "AP50"), Metric("ap", "AP"))
     title = "detection"
+    needs = "boxes"
     recipe = "detect"
     head_name = "the feature pyramid and its head"
     undecayed = ("encoder.cls_token", "encoder.pos_embed")
@@ -231,7 +226,7 @@ class Detector(Task[Found, BoxAnnotations]):
             ]
         precision = average_precision(true, found, self.classes)
         values = {"ap": precision.ap, "ap50": precision.ap50, "ap75": precision.ap75}
-        return Measurement(values, details={"ap50_of_class": precision.classes, "images": len(true)})
+        return Measurement(values, images=len(true), by_class=precision.classes)
 
     def picture(self, batch: Batch, clock: Clock) -> Picture:
         """Draw original, true boxes, and confident detections, with one colour for each class."""

@@ -45,8 +45,9 @@ class LinearProbe(Task[Tensor, None]):
     """See the module docstring. A prediction is (K,) float32, the probability of each class."""
 
     annotation = "classes"
-    headline = (Metric("accuracy", "right"),)
+    headline = (Metric("accuracy", "accuracy"),)
     title = "classification"
+    needs = ""  # it belongs to `unmask probe`
     recipe = "linear_paper"
     recipe_depends_on = "nothing"
     head_name = "the linear classifier"

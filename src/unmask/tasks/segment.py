@@ -18,30 +18,30 @@ Letters: B images, C channels, H x W pixels, K classes, L blocks.
 from __future__ import annotations
 
 import colorsys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from math import log
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int, Shaped
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor
 
 from unmask.batch import IGNORED, Batch, ImageSpec
-from unmask.data.annotations.segmentation_masks import MaskOptions, SegmentationMasks
+from unmask.data.annotations.segmentation_masks import SegmentationMasks
 from unmask.errors import UserError
 from unmask.method import Clock, Loss, Picture
 from unmask.metrics import mean_iou
 from unmask.metrics.measurement import Measurement, Metric
 from unmask.nn.blocks import draw_paths
-from unmask.nn.freeze import check_blocks, freeze
+from unmask.nn.freeze import freeze
 from unmask.nn.inputs import Scale
 from unmask.nn.map_heads import LinearHead, UPerNet, resize
 from unmask.nn.patches import grid_of
 from unmask.nn.vit import ViT
 from unmask.rng import Stream
-from unmask.task import Task, TaskConfig
+from unmask.task import MaskTaskConfig, PartialTaskConfig, Task
 
 COLOURS = {  # of the first classes, chosen to be as distinct as possible
     "red": (230, 25, 75), "green": (60, 180, 75), "yellow": (255, 225, 25), "blue": (0, 90, 220),
@@ -51,7 +51,7 @@ COLOURS = {  # of the first classes, chosen to be as distinct as possible
 TURN = 0.618034  # difference of hue between two further classes (golden ratio), so that no hue repeats
 
 
-class Config(TaskConfig):
+class Config(PartialTaskConfig, MaskTaskConfig):
     """Settings of the segmenter.
 
     classes: names, in the order of the numbers in `Batch.maps`. ignored: ids in the mask files that are not classes,
@@ -66,26 +66,16 @@ class Config(TaskConfig):
 
     name: Literal["segment"] = "segment"
     classes: tuple[str, ...] = Field(min_length=2, max_length=IGNORED - 1)
-    ignored: tuple[int, ...] = (IGNORED,)
-    values: tuple[int, ...] | None = None
-    stored_pixels: bool = False
     head: Literal["upernet", "linear"] = "upernet"
     width: int = Field(default=256, gt=0)
     feature_blocks: Literal["beit", "even"] = "even"
-    last_blocks: float | None = None
     drop_path: float = Field(default=0.0, ge=0, lt=1)
 
-    @model_validator(mode="after")
-    def _blocks_that_there_are(self) -> Config:
-        check_blocks(self.last_blocks, self.encoder.depth)
-        return self
-
-    @property
-    def ignored_ids(self) -> tuple[int, ...]:
-        return self.ignored
-
-    def mask_options(self, *, of_training_images: bool) -> MaskOptions:
-        return MaskOptions(self.values or (), stored=self.stored_pixels if of_training_images else None)
+    @classmethod
+    def refusal(cls, asked: Mapping[str, Any]) -> str | None:
+        if asked.get("method.head") == "linear" and "method.width" in asked:
+            return "got method.width with method.head=linear, which has no width; leave one of them out"
+        return super().refusal(asked)
 
 
 class Segmenter(Task[Tensor, SegmentationMasks]):
@@ -95,8 +85,9 @@ class Segmenter(Task[Tensor, SegmentationMasks]):
     """
 
     annotation = "masks"
-    headline = (Metric("mean_iou", "mean IoU"), Metric("pixel_accuracy", "of all pixels right"))
+    headline = (Metric("mean_iou", "mean IoU"), Metric("pixel_accuracy", "pixel accuracy"))
     title = "segmentation"
+    needs = "segmentation masks"
     recipe = "segment"
     head_name = "the segmentation head"
     undecayed = ("encoder.cls_token", "encoder.pos_embed")
