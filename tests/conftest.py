@@ -5,7 +5,7 @@ import os
 import sys
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; subprocesses inherit it
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # set before torch is imported; subprocesses inherit the value
 os.environ["UNMASK_CACHE"] = "off"  # tests neither read nor write cached scans
 
 import numpy as np

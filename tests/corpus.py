@@ -107,7 +107,7 @@ def damaged(data: bytes, place: float = 0.5, count: int = 1) -> bytes:
 
 
 class Bomb:
-    """Creates a folder when it is unpickled."""
+    """Object that creates a folder when it is unpickled."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         import os

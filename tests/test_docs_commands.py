@@ -1,7 +1,7 @@
 """Run every `unmask` command and every Python example of the documents, with small images and models.
 
 The placeholders of the documents (PHOTOS, LABELLED, RUN, ...) are files and folders in a workspace. Commands that train
-get more settings to make them small, and are otherwise unchanged.
+get additional settings for small models, and are otherwise unchanged.
 """
 
 import re
@@ -59,7 +59,7 @@ def commands(document: Path) -> list[list[str]]:
 
 
 def small(words: list[str]) -> list[str]:
-    """Return the command for a small model: with numbers of SMALLER, without a time budget, with more settings."""
+    """Return the command with the numbers of SMALLER, without a time budget, and with settings for a small model."""
     verb, *rest = words
     kept: list[str] = []
     for before, word in zip(["", *rest], rest, strict=False):

@@ -111,7 +111,7 @@ def test_demo_runs_from_the_wheel(built, tmp_path):
 def test_version_is_defined_once():
     assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == PROJECT["version"]
     repeated = [path for path in (ROOT / "src").rglob("*.py") if f'"{PROJECT["version"]}"' in path.read_text()]
-    assert not repeated, "read the version with importlib.metadata"
+    assert not repeated, "these files repeat the version; read it with importlib.metadata instead"
 
 
 def test_workflows_test_all_supported_pythons_and_the_oldest_and_newest_torch():

@@ -69,9 +69,9 @@ def test_metrics_keep_each_step_once_and_survive_a_truncated_line(run):
     for step in range(1, 6):
         run.log({"step": step, "loss": step / 3})
     with run.metrics_file.open("ab") as file:
-        file.write(b'{"step": 6, "lo')  # truncated by a crash
+        file.write(b'{"step": 6, "lo')  # a line that a crash truncated
     assert [row["step"] for row in run.metrics()] == [1, 2, 3, 4, 5]
-    run.log({"step": 7, "loss": 0.0})  # must be written on a new line
+    run.log({"step": 7, "loss": 0.0})  # the next row must be written on a new line
     assert [row["step"] for row in run.metrics()] == [1, 2, 3, 4, 5, 7]
     run.truncate_metrics(3)
     assert [row["step"] for row in run.metrics()] == [1, 2, 3]

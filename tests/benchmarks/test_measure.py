@@ -64,5 +64,5 @@ def test_result_records_its_origin_and_is_written_with_keep(measure, monkeypatch
 def test_committed_results_record_their_origin(path):
     found = json.loads(path.read_text())
     assert {"date", "device", "versions", "command", "rows"} <= found.keys()
-    assert (BENCHMARKS.parent / found["command"].split()[1]).is_file(), "the command can be run again"
+    assert (BENCHMARKS.parent / found["command"].split()[1]).is_file(), "the recorded command names an existing script"
     assert found["rows"]

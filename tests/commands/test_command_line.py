@@ -61,7 +61,7 @@ def test_error_for_a_renamed_option_names_the_new_one(unmask, arguments, old, ne
 
 
 def bad_inputs(tmp_path):
-    """Return (arguments, pattern of the error message) for many kinds of invalid input."""
+    """Return a list of (arguments, pattern of the error message), one for each kind of invalid input."""
     for folder in ("empty", "texts", "broken", "taken"):
         (tmp_path / folder).mkdir()
     (tmp_path / "texts" / "a.txt").write_text("no image")
@@ -169,7 +169,7 @@ def test_undecodable_file_names_and_cyclic_links_are_accepted(unmask, images):
 
 
 def test_closed_pipe_ends_the_command_without_a_message(tmp_path):
-    """As in `unmask ls --json | head -c 100`, with more output than the 64 KiB buffer of a pipe."""
+    """The case is `unmask ls --json | head -c 100` with more output than the 64 KiB buffer of a pipe."""
     for number in range(500):
         (tmp_path / f"run{number}" / "checkpoints").mkdir(parents=True)
         (tmp_path / f"run{number}" / "config.json").write_text("{}")

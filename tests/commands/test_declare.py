@@ -71,7 +71,7 @@ def greet(request: GreetRequest, console: Console) -> GreetRequest:
 
 @pytest.fixture
 def greet(tmp_path, monkeypatch):
-    """Add the file of a verb to a folder in which the package looks for verbs."""
+    """Add the file of a verb, `greet`, to a folder in which the package looks for verbs."""
     (tmp_path / "greet.py").write_text(GREET)
     monkeypatch.setattr(commands, "__path__", [*commands.__path__, str(tmp_path)])
     yield
@@ -81,7 +81,7 @@ def greet(tmp_path, monkeypatch):
 
 @pytest.fixture
 def run(monkeypatch, capfd):
-    """Run a command in this process: (exit code, stdout, stderr)."""
+    """Return a function that runs a command in this process: (exit code, stdout, stderr)."""
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["unmask", *arguments])
@@ -115,7 +115,7 @@ def test_new_file_adds_a_verb(greet, run):
 def test_command_line_fills_the_request_and_json_prints_the_result(greet, run):
     given = ["Ada", "--times", "2", "--mood", "loudly", "--and", "Bo", "--and", "Cy", "--numbers", "1,2", "--hat"]
     code, out, _ = run("greet", *given, "--json")
-    assert code == 1, "the exit code follows from the result"
+    assert code == 1, "the declaration computes the exit code from the result"
     found = json.loads(out)
     del found["console"]
     assert found == {
@@ -188,7 +188,7 @@ def test_numbers_of_numpy_and_paths_in_place_of_strings_are_accepted(greet):
 
     made = greet(Path("Ada"), times=np.int64(2), numbers=np.array([1, 2]), others=Path("Bo"), card=Path("card.png"))
     assert (made.name, made.times, made.numbers, made.others) == ("Ada", 2, (1, 2), ("Bo",))
-    assert made.card == Path("card.png"), "the option declares paths"
+    assert made.card == Path("card.png"), "an option that declares paths gets a path, not a string"
 
 
 def test_invalid_arguments_are_usage_errors(greet, run):

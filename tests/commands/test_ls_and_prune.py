@@ -27,7 +27,7 @@ def test_ls_lists_every_run_and_prune_deletes_checkpoints_and_features(unmask, r
     assert unmask("embed", "run", "shapes:8", "--out", "e.npz")[0] == 0
 
 
-def test_ls_of_an_empty_or_missing_folder(unmask, tmp_path):
+def test_ls_reports_an_empty_or_missing_folder(unmask, tmp_path):
     assert "no runs here" in unmask("ls")[1]
     assert unmask("ls", "nowhere")[0] == 2
 

@@ -89,11 +89,11 @@ def test_records_have_the_shell_command_and_python_calls_have_none(folder, cli, 
     command = Run(folder / "asked for").read("provenance.json")["command"]
     assert command.startswith("unmask pretrain images --recipe mae_nano --out 'asked for' --set 'data.size=")
     monkeypatch.setattr(sys, "argv", ["notebook.py", "--my-flag"])
-    assert unmask.probe("run", "labelled", console=QUIET).command is None, "the command has ended"
+    assert unmask.probe("run", "labelled", console=QUIET).command is None, "calls from Python record no shell command"
 
 
 def as_printed(result):
-    """The object that --json prints of a result that names a written file."""
+    """Return the object that --json prints for a result that was written to a file."""
     return json.loads(json.dumps(result.to_json()))
 
 
@@ -175,7 +175,7 @@ def test_invalid_arguments_raise_user_error_or_type_error(folder, cli):
 
 
 def test_budget_of_a_python_call_counts_from_the_call(folder, monkeypatch, cli):
-    """It must not count from the start of the process, which may be hours ago in a notebook."""
+    """The budget must not count from the start of the process, which may be hours ago in a notebook."""
     seen = []
 
     def stop(*_, budget, **__):

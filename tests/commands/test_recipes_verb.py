@@ -36,7 +36,7 @@ def test_settings_are_shown_with_meaning_and_range(unmask):
     ):
         assert line in lines
     for section in ("method", "data", "optim", "train"):
-        assert f"\n\n# {section}:\n" in out, "sections are apart"
+        assert f"\n\n# {section}:\n" in out, "an empty line separates the sections"
 
 
 def test_printed_settings_are_accepted_by_set():

@@ -1,4 +1,4 @@
-"""`Method.after_step` is called once per optimiser step, and changes nothing at a skipped step."""
+"""`Method.after_step` is called once per optimiser step, and changes nothing after a skipped step."""
 
 import pytest
 import torch
@@ -32,10 +32,10 @@ def followed(monkeypatch):
 def test_after_step_is_called_once_per_step_for_any_accumulation(tmp_path, followed):
     pretrain("shapes:32", recipe="mae_nano", out=tmp_path / "run", settings=TINY)
     assert [each[:3] for each in followed] == [(0, 1, True), (1, 1, True), (2, 1, True), (3, 1, True)]
-    assert not torch.equal(followed[1][3], followed[3][3]), "the token is trained, so the follower moves"
+    assert not torch.equal(followed[1][3], followed[3][3]), "the token is trained, so its moving average changes"
 
 
-def test_after_step_changes_nothing_at_a_skipped_step(tmp_path, followed, monkeypatch):
+def test_after_step_changes_nothing_after_a_skipped_step(tmp_path, followed, monkeypatch):
     real = loop.update
 
     def with_one_bad_loss(optimizer, lr, loss, clip):

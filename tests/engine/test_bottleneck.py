@@ -30,7 +30,7 @@ def test_more_workers_are_advised_if_cores_are_idle():
     assert found.wait == pytest.approx(1 - 1 / 3.5)
     assert found.enough_workers == 5, "loading is 3.5 times as slow as the step, and a fifth is added as reserve"
     assert found.advice("d")[0] == "--set data.workers=5"
-    assert "unmask pack d" not in " ".join(found.advice("d")), "there is nothing to shrink"
+    assert "unmask pack d" not in " ".join(found.advice("d")), "the images are small already"
     assert "unmask pack d" in pace(large=True).advice("d")[1]
     assert pace(workers=5).advice("d") == []
     assert pace(workers=5).limit == STEP

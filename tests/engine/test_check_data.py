@@ -17,14 +17,16 @@ def quick(monkeypatch):
     monkeypatch.setattr("unmask.engine.make_plan.free_memory", lambda _: 1 << 30)
 
 
-def test_recipe_for_a_sample_is_chosen_by_the_number_of_all_images():
+def test_recipe_depends_on_the_number_of_all_images_not_of_the_checked_ones():
     code, summary = check_data("shapes:20000", Console(quiet=True), sample=100, workers=0)
     assert code == 0
     assert (summary["checked"], summary["good"], summary["usable"]) == (100, 100, 20_000)
     text = " ".join(summary["reasons"])
     assert "about 20000 images of" in text
     assert "batch" not in " ".join(summary["settings"]), "the batch size is chosen for 20,000 images, not for 100"
-    assert summary["steps"] == -(-100 * 19_800 // 128), "so are the steps, with one image in a hundred held out"
+    assert summary["steps"] == -(-100 * 19_800 // 128), (
+        "the number of steps is computed from 20,000 images, of which one in a hundred is held out"
+    )
     assert summary["forecast_seconds"] >= summary["steps"] * 0.5
 
 
@@ -34,7 +36,7 @@ def test_training_command_for_the_checked_images_is_printed(images, capsys):
     assert f"unmask pretrain {images} --exclude '*_mask.png' --set data.alpha=drop" in said
 
 
-def test_number_of_images_is_exact_without_a_sample(images):
+def test_number_of_images_is_exact_if_all_files_are_checked(images):
     (images / "broken.png").write_bytes(b"")
     _, summary = check_data(str(images), Console(quiet=True), sample=None, workers=0)
     assert summary["usable"] == 30

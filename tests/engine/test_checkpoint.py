@@ -90,7 +90,10 @@ def test_non_finite_weights_are_not_saved(run):
 
 
 def boundaries(run, step, at=None):
-    """Save `step` in a forked child that dies (as with kill -9) before boundary `at`; return how many it passed."""
+    """Save a checkpoint in a forked child that dies (as with kill -9) before the file operation with number `at`.
+
+    Return how many file operations were done.
+    """
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
@@ -141,7 +144,10 @@ def test_run_can_resume_after_a_kill_at_any_point_of_a_save(run):
 
 
 def test_kill_while_the_only_checkpoint_is_rewritten_leaves_one_copy(run):
-    """After a rollback the same step is saved again; between the two renames no folder has its name."""
+    """After a rollback the same step is saved again.
+
+    Between the two renames, no folder has the name of the checkpoint.
+    """
     write(run, 1)
     total = boundaries(run, 1)
     for at in range(total):
@@ -169,7 +175,9 @@ def test_flipped_bit_anywhere_is_detected(run, name):
             said = []
             found = load_latest(run, log=said.append)
             assert found.step == 1, f"byte {offset}, bit {bit}"
-            assert name in said[0] or name == "MANIFEST.json"  # a flipped bit in a digest is reported for its file
+            assert (
+                name in said[0] or name == "MANIFEST.json"
+            )  # for a flipped bit in a digest, the message names the file of that digest
             assert "step-00000002" in said[0]
             corrupt = next(run.checkpoints.glob("*.corrupt*"))
             corrupt.rename(run.checkpoints / "step-00000002")
@@ -185,7 +193,7 @@ def json_equal(a, b):
 
 
 def test_flipped_bit_would_be_loaded_without_the_digest(run, monkeypatch):
-    """Negative control: the file format itself does not detect it."""
+    """Negative control: the file format itself does not detect a flipped bit."""
     path = write(run, 1) / "model.safetensors"
     content = bytearray(path.read_bytes())
     content[-3] ^= 1
@@ -209,7 +217,7 @@ def test_flipped_bit_would_be_loaded_without_the_digest(run, monkeypatch):
 
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("damage", ["truncate", "empty", "missing", "swap", "folder"])
-def test_other_damage_falls_back_to_the_previous_checkpoint(run, name, damage):
+def test_damaged_checkpoint_falls_back_to_the_previous_one(run, name, damage):
     older, newer = write(run, 1), write(run, 2)
     path = newer / name
     if damage == "truncate":
@@ -230,7 +238,7 @@ def test_other_damage_falls_back_to_the_previous_checkpoint(run, name, damage):
     assert (run.checkpoints / "step-00000002.corrupt").is_dir()
 
 
-def test_renamed_damaged_folder_overwrites_no_older_one(run):
+def test_renaming_a_damaged_checkpoint_overwrites_no_earlier_damaged_one(run):
     for _ in range(2):
         write(run, 1)
         path = write(run, 2)
@@ -239,15 +247,15 @@ def test_renamed_damaged_folder_overwrites_no_older_one(run):
     assert {p.name for p in run.checkpoints.glob("*.corrupt*")} == {"step-00000002.corrupt", "step-00000002.corrupt-2"}
 
 
-def test_run_with_only_damaged_checkpoints_is_an_error(run):
+def test_run_with_only_damaged_checkpoints_raises_an_error(run):
     for step in (1, 2):
         (write(run, step) / "model.safetensors").write_bytes(b"")
-    for _ in range(2):  # the second time, all are renamed already
+    for _ in range(2):  # at the second attempt, all damaged checkpoints have already been renamed
         with pytest.raises(CheckpointError, match=r"no checkpoint of .* can be used: all are damaged"):
             load_latest(run, log=lambda _: None)
 
 
-def test_content_of_latest_is_ignored(run):
+def test_content_of_the_file_latest_is_ignored(run):
     write(run, 1)
     write(run, 2)
     (run.checkpoints / "LATEST").write_text("step-00000001\n")
@@ -272,7 +280,7 @@ def test_full_disk_keeps_older_checkpoints(run, monkeypatch, number, call):
     said = ""
     try:
         write(run, 2)
-    except CheckpointFull as error:  # an error of flushing the folder is ignored, one of flushing a file is not
+    except CheckpointFull as error:  # errors of flushing the folder are ignored, errors of flushing a file are not
         said = str(error)
     monkeypatch.undo()
     assert said or call > 3
@@ -310,7 +318,7 @@ def test_pickle_is_rejected_and_never_opened(run, tmp_path, form, with_manifest)
         path.write_bytes(pickle.dumps(Payload(marker)))
     else:
         torch.save({"model": Payload(marker)}, path)
-    if with_manifest:  # even if the manifest matches
+    if with_manifest:  # it is rejected even if the manifest matches
         manifest = json.loads((path.parent / "MANIFEST.json").read_bytes())
         content = path.read_bytes()
         manifest["files"]["model.safetensors"] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
@@ -411,7 +419,7 @@ def test_too_little_disk_space_is_reported_before_training(run):
 
 def test_fixed_tensors_are_stored_once_and_loaded_with_every_step(run):
     tokenizer = {"tokenizer.weight": torch.randn(3, 4)}
-    checkpoint.save_fixed(run, {"tokenizer.weight": torch.zeros(3, 4)})  # left by an interrupted start
+    checkpoint.save_fixed(run, {"tokenizer.weight": torch.zeros(3, 4)})  # as an interrupted start leaves it
     checkpoint.save_fixed(run, tokenizer)
     for step in (1, 2):
         checkpoint.save(run, step, {"encoder.weight": torch.full((2,), float(step))}, {}, {"step": step})

@@ -1,4 +1,7 @@
-"""Compiled blocks give the same results and are compiled once; kept memory is returned to the system."""
+"""Compiled blocks give the same results and are compiled once.
+
+Memory that is kept during training is returned to the system.
+"""
 
 import json
 import subprocess
@@ -165,7 +168,7 @@ print(resident() - before)
 
 
 def kept(device: str) -> list[int]:
-    """Return page faults while twenty tensors are allocated and freed, and the pages held then and afterwards."""
+    """Return (page faults while twenty tensors are allocated and freed, pages held then, pages held afterwards)."""
     command = [sys.executable, "-c", KEPT, device]
     environment = {"OMP_NUM_THREADS": "1", "PATH": ""}
     done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
@@ -176,6 +179,6 @@ def kept(device: str) -> list[int]:
 def test_kept_memory_causes_no_page_faults_and_is_returned():
     (faults, held, afterwards), (usual, *_) = kept("cpu"), kept("cuda")
     assert usual > 20 * 12_000
-    assert faults < 5 * 12_288, "the pages of a tensor are faulted in a few times, not twenty times"
+    assert faults < 5 * 12_288, "only the first few of the twenty allocations cause page faults"
     assert held > 12_000
     assert afterwards < held - 12_000

@@ -68,7 +68,7 @@ def unbroken(tmp_path_factory):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_run_killed_twice_is_bit_identical_to_an_uninterrupted_run(unbroken, tmp_path, workers):
     seed = random.randrange(1 << 30)
-    print(f"seed {seed}")  # shown when the test fails
+    print(f"seed {seed}")  # pytest shows this output if the test fails
     first, second = sorted(random.Random(seed).sample(range(8, STEPS - 5), 2))
     run = tmp_path / "run"
     process = pretrain(unbroken / "images", run, workers, wait=False)

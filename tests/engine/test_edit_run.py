@@ -116,7 +116,7 @@ def test_interrupted_change_is_completed(run, monkeypatch, after):
     assert len(Run(run).read("provenance.json")["edits"]) == 1
 
 
-def test_unset_length_setting_names_the_one_in_effect(run, capsys):
+def test_message_about_an_unset_length_names_the_setting_in_effect(run, capsys):
     set_values(run, ["train.steps=30"], console=Console())
     err = capsys.readouterr().err
     assert "None" not in err

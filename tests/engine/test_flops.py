@@ -31,7 +31,7 @@ def test_flops_of_a_block_match_the_formula(n, d):
 
 
 def mae_by_hand(config, image=224, channels=3):
-    """Return FLOPs of a forward pass (encoder, decoder, whole, idle), by formulas.
+    """Return the FLOPs (encoder, decoder, whole, idle) of a forward pass, computed by formulas.
 
     Kept patches are embedded, blocks include the class token, and hidden patches are predicted. In the decoder's last
     block, queries, MLP and prediction are computed for hidden patches only. whole: encoder on all patches. idle:
@@ -79,7 +79,7 @@ def test_multiply_accumulates_match_published_numbers(name, whole, visible, deco
     assert share["blocks"] == pytest.approx(ratio, abs=0.006)
 
 
-def test_mae_large_saves_3_29_and_a_decoder_token_costs_9_percent():
+def test_mae_large_saves_a_factor_of_3_29_and_a_decoder_token_costs_9_percent():
     found = recipe_costs("mae_large", gpus=64)
     assert round(found["ratios"]["blocks"], 2) == 3.29
     assert round(found["ratios"]["decoder_per_token"], 2) == 0.09
@@ -154,7 +154,7 @@ def test_method_that_predicts_codes_is_counted_with_a_named_tokenizer(capsys):
     assert recipe_costs("mae_nano")["tokenizer"] is None
 
 
-def test_printed_costs(capsys):
+def test_costs_are_printed(capsys):
     print_costs(recipe_costs("mae_large", gpus=64), Console())
     said = capsys.readouterr().err
     for text in (

@@ -11,7 +11,9 @@ from unmask.recipes.catalogue import find
 
 
 def test_fused_kernel_supports_found_inf():
-    assert optim.fused_kernel_has_gate(), "without it, every step waits for the device: slower, with the same results"
+    assert optim.fused_kernel_has_gate(), (
+        "without this feature, training waits for the device at every step, which is slower"
+    )
 
 
 @pytest.mark.parametrize("finite", [True, False])
@@ -31,7 +33,7 @@ def test_without_found_inf_the_host_decides_with_the_same_results(monkeypatch, f
 
 def test_sizes_of_operations_are_recorded():
     assert operation_sizes.TorchDispatchMode is not None, (
-        "without it, the memory estimate leaves out the largest temporary tensor"
+        "without this feature, the memory estimate leaves out the largest temporary tensor"
     )
     with operation_sizes.recorder() as made:
         torch.ones(3, dtype=torch.float32) + 1

@@ -14,7 +14,7 @@ PHOTO = (375, 500)
 TINY = [setting for setting in SMALL_RUN if not setting.startswith("data.size")]
 
 
-def test_which_recipes_choose_their_size_from_the_images():
+def test_only_recipes_without_a_fixed_size_choose_it_for_the_images():
     names = {name for name in catalogue.all_recipes() if follows_images(name)}
     assert names >= {"mae_nano", "mae_tiny", "mae_small", "simmim_nano", "igpt_nano", "ae_nano", "crossmae_nano"}
     fixed = {"mae_base", "mae_huge", "igpt_s", "beit_base", "ae_hinton", "demo_shapes", "finetune_nano", "dvae_nano"}

@@ -20,7 +20,7 @@ def images(tmp_path):
 
 @pytest.fixture
 def drawn(tmp_path):
-    """A mask that hides the left half of 4 x 4 patches."""
+    """A patch mask that hides the left half of 4 x 4 patches."""
     (tmp_path / "left.txt").write_text("##..\n" * 4)
     return tmp_path / "left.txt"
 

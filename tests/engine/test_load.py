@@ -19,7 +19,7 @@ from unmask.run import Run, RunError
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A run of four steps with checkpoints at 2 and 4."""
+    """A run of four steps with checkpoints of steps 2 and 4."""
     folder = tmp_path_factory.mktemp("saved")
     images = write_images(folder / "images", 16)
     settings = [*SMALL_RUN, "train.steps=4", "train.checkpoint_every=2", "optim.base_lr=0.01", "train.picture_every=9"]
@@ -104,7 +104,7 @@ def test_folder_that_is_not_a_run_raises_a_clear_error(tmp_path, run):
 def test_damaged_settings_raise_a_one_line_error(run, name):
     value = Run(run).read(name)
     first = next(iter(value))
-    Run(run).write(name, value | {first: ["no"], "unheard_of": 1})  # as a later version might write
+    Run(run).write(name, value | {first: ["no"], "unheard_of": 1})  # like a file of a later version
     with pytest.raises(
         RunError, match=rf"{name} is invalid in this version of unmask: .*{first}.*restore the file"
     ) as fault:
@@ -153,7 +153,7 @@ def test_pickle_in_place_of_the_weights_is_not_opened(run, tmp_path, kind, manif
             assert "is a pickle, not safetensors; it was not opened" in str(fault.value)
     assert not marker.exists()
     pickle.loads(pickle.dumps(Payload(marker)))
-    assert marker.exists(), "the payload works if it is unpickled"
+    assert marker.exists(), "the pickle would have created the file if it had been opened"
 
 
 def test_damaged_newest_checkpoint_falls_back_to_the_previous_one(run):

@@ -76,14 +76,16 @@ def test_palette_can_be_a_file_or_a_run(images, tmp_path):
 
 @pytest.mark.parametrize("recipe", ["auto", "igpt_nano"])
 def test_weights_from_a_run_keep_their_palette(images, tmp_path, recipe):
-    """Another palette would be computed from other images, and would not match the embeddings of colours."""
+    """If the palette were computed from the new images, it would not match the embeddings of the colours."""
     first = pretrain(images, recipe="igpt_nano", out=tmp_path / "a", settings=SMALL)
     others = write_images(tmp_path / "others", 12, seed=7)
     second = pretrain(others, recipe=recipe, out=tmp_path / "b", from_run=first.path, settings=SMALL)
     palettes = [load_model(run)[1]["encoder.palette"] for run in (first, second)]
     assert palettes[0].equal(palettes[1])
     own = pretrain(others, recipe="igpt_nano", out=tmp_path / "c", settings=SMALL)
-    assert not load_model(own)[1]["encoder.palette"].equal(palettes[0]), "the test can fail"
+    assert not load_model(own)[1]["encoder.palette"].equal(palettes[0]), (
+        "a run without --from computes another palette from these images"
+    )
     with pytest.raises(UserError, match="the weights of --from include their palette"):
         pretrain(others, out=tmp_path / "d", from_run=first.path, palette=first.path)
 

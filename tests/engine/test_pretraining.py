@@ -253,7 +253,7 @@ def test_missing_data_raise_a_clear_error(images, tmp_path, workers):
 
 
 def test_unreadable_file_in_the_picture_sample_is_skipped(tmp_path):
-    """The scan may read a sample only; an unreadable file outside of it must not stop the run."""
+    """The scan may read only a sample of the files; an unreadable file outside the sample must not stop the run."""
     images = write_images(tmp_path / "images", 30)
     (images / "0005.png").write_bytes(b"no image")
     run = start(images, tmp_path / "run", "train.steps=5", "data.scan_sample=2", "data.cache=false")
@@ -273,7 +273,7 @@ def test_from_run_copies_weights_and_normalisation(images, tmp_path):
     assert after.plan.images == before.plan.images
     assert after.config.data.source == str(other)
     shutil.rmtree(first.path)
-    assert resume(run.path).read("status.json")["state"] == "finished", "the first run is no longer needed"
+    assert resume(run.path).read("status.json")["state"] == "finished", "resuming does not need the run of --from"
 
 
 def test_from_run_with_a_recipe_copies_only_the_encoder(images, tmp_path):

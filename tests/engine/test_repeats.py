@@ -1,4 +1,4 @@
-"""`data.repeats` from the command line to the plan: the number of samples stays the same."""
+"""`data.repeats` takes several samples from each decoded image, and an epoch has the same number of samples."""
 
 import pytest
 from conftest import SMALL_RUN, pretrain

@@ -39,7 +39,7 @@ def train(folder, seed=0):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """Two runs of one recipe, of different seeds."""
+    """Two runs of the same recipe with different seeds."""
     folder = tmp_path_factory.mktemp("trained")
     runs = [train(folder, seed) for seed in (0, 1)]
     for run in runs:
@@ -146,7 +146,7 @@ def test_plan_older_than_the_checkpoint_is_detected(runs):
     old = (run.path / "plan.json").read_bytes()
     run.write("plan.json", run.read("plan.json") | {"reasons": ["changed"]})
     tensors = checkpoint.load_model(run)[1]
-    assert checkpoint.load_model(run)[0] == 4, "a checkpoint of the previous plan is accepted"
+    assert checkpoint.load_model(run)[0] == 4, "a checkpoint that was written with the previous plan is accepted"
     checkpoint.save(run, 4, tensors, {}, {"step": 4})
     (run.path / "plan.json").write_bytes(old)
     assert checkpoint.load_model(Run(runs[0]), log=lambda _: None)[0] == 2

@@ -116,7 +116,7 @@ def test_failed_creation_leaves_no_files(tmp_path, monkeypatch, fault, name, exi
         pass
     assert (tmp_path / "run").exists() == existed
     assert not existed or not [file for file in files(tmp_path / "run") if file != ".lock"]
-    assert held_here == [], "there is no run to resume"
+    assert held_here == [], "the message after Ctrl-C names no run to resume"
     monkeypatch.undo()
     with Run.begin(tmp_path / "run", contents):
         pass
@@ -154,7 +154,7 @@ def test_folder_with_other_files_is_never_reused(images, tmp_path):
             start(images, folder, "train.steps=1")
         assert (folder / name).read_text() == content
     run = start(images, tmp_path / "run", "train.steps=1")
-    (run.path / "plan.json").unlink()  # without a plan, but with weights
+    (run.path / "plan.json").unlink()  # the folder has weights, but no plan
     with pytest.raises(RunError, match="not empty"):
         start(images, run.path, "train.steps=1")
     assert checkpoint.newest_step(run) == 1
@@ -189,7 +189,7 @@ with Run(sys.argv[1]).lock():
         began = time.monotonic()
         with run.lock():
             pass
-        assert time.monotonic() - began < 10, "the child sleeps for a minute"
+        assert time.monotonic() - began < 10, "the lock is free before the child ends, which sleeps for a minute"
     finally:
         os.kill(child, signal.SIGKILL)  # kill it first, because it holds the other end of the pipe
         holder.kill()
@@ -349,7 +349,7 @@ def test_folder_that_replaces_the_run_during_training_is_unchanged(images, tmp_p
 
     with faults(before_step=replacing), pytest.raises(TrainingFailed, match="was deleted, moved or replaced"):
         start(images, tmp_path / "run", "train.steps=4")
-    assert Run(tmp_path / "run").status().step == 1, "the other run"
+    assert Run(tmp_path / "run").status().step == 1, "the status of the run that replaced the first one is unchanged"
     assert resume(tmp_path / "moved", console=QUIET).finished
 
 

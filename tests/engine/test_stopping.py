@@ -97,7 +97,7 @@ def test_stopped_worker_is_reported_with_its_file_and_ended(images, tmp_path, mo
     assert str(stacks) in str(caught.value)
     assert "no answer" in text, "the report has no stack of the stopped worker"
     assert "in _work" in text, "the other worker wrote its own stack"
-    assert "test_stopping.py" in text, "of this process"
+    assert "test_stopping.py" in text, "the report has the stacks of this process"
     assert not [worker for worker in workers if worker.is_alive()]
 
 
@@ -277,7 +277,7 @@ def test_computing_process_is_not_a_stall_but_a_waiting_one_is():
         with pytest.raises(stalls.Stalled), dog.watching("waiting", at_least=1.25):
             naps(200)
     assert told == ["waiting"]
-    assert dog.waited == 1.25, "the report states this time"
+    assert dog.waited == 1.25, "the report states the time limit that applied"
 
 
 def test_step_that_finishes_during_the_stall_report_continues():
@@ -454,7 +454,7 @@ def test_second_ctrl_c_ends_at_once_and_names_the_checkpoint(images, tmp_path):
     run = tmp_path / "run"
     process = endless(images, run, 0, "train.checkpoint_every=2")
     wait_until(lambda: steps_of(run) > 3)
-    process.send_signal(signal.SIGSTOP)  # both signals arrive while it is suspended
+    process.send_signal(signal.SIGSTOP)  # both signals arrive while the process is suspended
     process.send_signal(signal.SIGINT)
     process.send_signal(signal.SIGCONT)
     time.sleep(0.7)
@@ -464,7 +464,7 @@ def test_second_ctrl_c_ends_at_once_and_names_the_checkpoint(images, tmp_path):
     assert "Ctrl-C again ends at once: the checkpoint of step" in said
     # 75 if the report had been written, -SIGINT if Python was shutting down (shells show 130)
     assert process.returncode in (75, 130, -signal.SIGINT), said
-    if process.returncode == 130:  # ended in the loop or while writing the report
+    if process.returncode == 130:  # the process ended in the training loop or while writing the report
         kept = f"ended at once; the checkpoint of step {Run(run).read('status.json')['step']}"
         assert kept in said or f"Interrupted. Continue with: unmask resume {run}" in said
 

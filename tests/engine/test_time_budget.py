@@ -23,7 +23,7 @@ STEP = 0.2
 
 
 class FakeClock:
-    """A clock that only moves when a test moves it."""
+    """A clock that only advances when a test advances it."""
 
     def __init__(self, monkeypatch):
         self.time = 1000.0
@@ -83,11 +83,11 @@ def test_replan_keeps_the_position_and_spreads_the_rest(changes):
 @pytest.mark.parametrize(
     ("replans", "steps"),
     [
-        ([(40, 100, 60)], 61),  # Does not lead to the final number of steps.
-        ([(40, 100, 40)], 40),  # At the last step.
+        ([(40, 100, 60)], 61),  # The last replan does not set the final number of steps.
+        ([(40, 100, 40)], 40),  # The replan is at the last step.
         ([(40, 100, 60), (40, 60, 80)], 80),  # Two replans at one step.
-        ([(40, 100, 60), (50, 70, 80)], 80),  # Does not start from the previous number.
-        ([(100, 100, 120)], 120),  # After the last step.
+        ([(40, 100, 60), (50, 70, 80)], 80),  # The second replan does not start from the number of steps of the first.
+        ([(100, 100, 120)], 120),  # The replan is after the last step.
     ],
 )
 def test_inconsistent_replans_are_rejected(replans, steps):
@@ -155,7 +155,9 @@ def test_most_of_a_budget_is_used_for_training(clock):
     pacer = Pacer(100.0, 10.0)
     assert pacer.affords("test", closing=5.0)
     pacer.expect("test", 14.0)
-    assert not pacer.affords("test", closing=5.0), "14 + 5 of the 90 seconds that are left are more than a fifth"
+    assert not pacer.affords("test", closing=5.0), (
+        "the test and the closing would take 14 + 5 s, more than a fifth of the remaining 90 s"
+    )
     assert pacer.affords("test", closing=4.0)
 
 
@@ -163,7 +165,7 @@ def test_most_of_a_budget_is_used_for_training(clock):
 
 
 def timed_steps(clock, seconds, *, die_at=None):
-    """Context manager in which every step moves the clock by `seconds(number of earlier steps)`.
+    """Context manager in which every step advances the clock by `seconds(number of earlier steps)`.
 
     After `die_at` steps the training is aborted without saving.
     """
@@ -206,7 +208,7 @@ def test_number_of_steps_follows_the_speed_and_is_recorded(images, tmp_path, mon
     assert found["steps"] == found["replans"][-1]["steps"] == run.read("status.json")["step"] != 90
     assert run.read("status.json")["state"] == "finished"
     assert checkpoint.newest_step(run) == found["steps"]
-    assert len(run.metrics()) == found["steps"], "no step twice"
+    assert len(run.metrics()) == found["steps"], "each step is logged once"
     assert run.metrics()[-1]["lr"] < 0.02 * found["peak_lr"], "the learning rate decays to the end of the schedule"
     assert len(list(run.pictures.iterdir())) == 6, (
         "one before training, one after the first step, and four at the planned steps"

@@ -89,7 +89,7 @@ def test_accumulation_changes_results_only_by_rounding(images, tmp_path):
         start(images, tmp_path / "c", "train.micro_batch=3")
 
 
-def test_clipping_reaches_the_optimiser(images, tmp_path):
+def test_gradient_clipping_changes_the_update(images, tmp_path):
     # AdamW normalises gradients, so without a large eps clipping would have almost no effect
     settings = ("train.steps=4", "optim.base_lr=0.05", "optim.eps=0.1")
     free = start(images, tmp_path / "a", *settings)
@@ -145,7 +145,10 @@ def test_rollback_returns_to_the_checkpoint_and_skips_data(tmp_path):
 
 
 def poisoned(numbers, stop_after=None):
-    """Context manager in which these steps have a NaN gradient the first time. SIGTERM follows step `stop_after`."""
+    """Context manager in which these steps have a NaN gradient when they are first done.
+
+    SIGTERM is sent after step `stop_after`.
+    """
     left = set(numbers)
 
     def sometimes_bad(job, step):
@@ -278,7 +281,9 @@ def test_disk_that_stays_full_fails_at_the_end(images, tmp_path):
 
 def test_batch_may_be_larger_than_the_data_set(tmp_path):
     images = write_images(tmp_path / "images", 3)
-    run = start(images, tmp_path / "run", "train.steps=2", "train.batch_size=8")  # a batch contains images twice
+    run = start(
+        images, tmp_path / "run", "train.steps=2", "train.batch_size=8"
+    )  # each batch contains some images twice
     assert len(losses(run)) == 2
 
 

@@ -59,7 +59,7 @@ def planned(*settings, excluded=(), loading=IN_MEMORY, **more):
         (["train.steps=7", "train.epochs=10"], 1000, 7),
     ],
 )
-def test_steps_without_a_budget(settings, images, steps):
+def test_settings_determine_the_steps_without_a_budget(settings, images, steps):
     found, every, why = choose_steps(small(*settings), images, budget=None, step_seconds=pytest.fail)
     assert every == -(-found // 10)
     assert found == steps
@@ -72,7 +72,7 @@ def exactly(seconds):
 
 @pytest.fixture
 def still(monkeypatch):
-    """The clock of budgets stands at 0."""
+    """The clock of budgets always shows 0."""
     monkeypatch.setattr(budgets, "clock", lambda: 0.0)
 
 
@@ -80,7 +80,7 @@ def still(monkeypatch):
     ("budget", "used", "each", "steps"), [(600.0, 0, 0.5, 1080), (600.0, 100.0, 0.5, 880), (60.0, 0, 0.001, 54_000)]
 )
 @pytest.mark.usefixtures("still")
-def test_budget_gives_steps_with_a_reserve(budget, used, each, steps):
+def test_budget_determines_the_steps_and_leaves_a_reserve(budget, used, each, steps):
     left = Budget(budget, -used)
     found, _, why = choose_steps(small("train.steps=3"), 1000, budget=left, step_seconds=exactly(each))
     assert found == steps
@@ -302,7 +302,7 @@ def test_auto_chooses_a_consistent_recipe_with_reasons(case):
     for word in words:
         assert word in " ".join(reasons), word
     with torch.device("meta"):
-        method = config.build(ImageSpec(1, size, "uint8", (1.0,), (1.0,)))  # raises if sizes do not fit
+        method = config.build(ImageSpec(1, size, "uint8", (1.0,), (1.0,)))  # raises an error if sizes do not fit
     assert method.encoder.grid == (size[0] // patch[0], size[1] // patch[1])
     assert method.encoder.grid[0] * method.encoder.grid[1] // 4 >= 16, (
         "at least 16 patches stay visible if three quarters are hidden"
@@ -338,7 +338,7 @@ def test_estimated_number_of_images_is_described_as_estimate():
     assert choose(5000, (32, 32), "cpu", about=True)[2][0].startswith("about 5000 images of 32 x 32")
 
 
-def test_auto_has_no_settings_of_its_own():
+def test_auto_cannot_be_looked_up_like_a_recipe():
     with pytest.raises(ConfigError, match=r"'auto' is chosen from the data and has no settings of its own; .*check"):
         find("auto")
     assert set(AUTO_RECIPES) >= {case[3] for case in AUTO.values()}
@@ -381,7 +381,7 @@ class Slow(nn.Module):
 @pytest.mark.parametrize(
     ("micro", "longest", "sizes"), [(6, 0, {6}), (12, 0, {8}), (12, 11, {8, 11}), (12, 99, {8, 12})]
 )
-def test_measured_pass_on_a_cpu_is_limited(monkeypatch, micro, longest, sizes):
+def test_time_of_a_measured_pass_on_a_cpu_is_limited(monkeypatch, micro, longest, sizes):
     now, seen = [0.0], set()
     monkeypatch.setattr(measure.time, "perf_counter", lambda: now[0])
     monkeypatch.setattr(measure, "build_method", lambda *_: Slow(now, seen))

@@ -484,7 +484,7 @@ def test_paper_linear_probe_is_a_run_inside_the_run(pretrained, data, tests, tmp
     again = paper_linear_probe.paper_linear(
         run, str(data), test=str(tests), settings=["train.steps=2", "data.workers=0"]
     )
-    assert again.run == "paper-linear-train-2", "beside the first"
+    assert again.run == "paper-linear-train-2", "the second probe gets a folder of its own"
     assert len(list((run / "evals").glob("probe-paper-linear-*.json"))) == 2
 
 
@@ -549,7 +549,7 @@ def test_classes_outside_the_split_are_ignored(pretrained, cells, tmp_path):
     assert read_score(run).classes == ("square",)
 
 
-# Decoding of image files
+# Tests of how image files are decoded
 
 
 def banded(folder, pages=0):
@@ -570,7 +570,7 @@ def test_predict_decodes_files_like_the_training(tmp_path):
     tuned = tune(before, tmp_path / "bands", tmp_path / "tuned", "train.steps=1")
     assert read_plan(before).reading.tagged == "band"
     assert read_plan(tuned).reading.alpha == "band", "the encoder was trained with this setting"
-    one = tmp_path / "one.tif"  # alone, its last band would be read as alpha and composited
+    one = tmp_path / "one.tif"  # without the run's settings, the last band would be read as alpha
     values = np.full((24, 24, 4), 255, np.uint8)
     pytest.importorskip("tifffile").imwrite(one, values, photometric="rgb", extrasamples=["unassalpha"])
     done = predict(tuned.path, [str(one)], tmp_path / "classes.csv", options=ON_CPU, console=QUIET)

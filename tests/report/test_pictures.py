@@ -235,7 +235,7 @@ def test_rows_can_have_names(monkeypatch):
 
 
 @pytest.mark.parametrize(("channels", "dtype"), [(1, "uint8"), (2, "uint16"), (3, "float32"), (5, "uint8")])
-def test_draw_writes_identical_png_files(tmp_path, channels, dtype):
+def test_equal_pictures_give_identical_png_files(tmp_path, channels, dtype):
     made = picture(channels=channels, size=(8, 24))
     for name in ("a.png", "b.PNG"):
         draw(made, dtype, tmp_path / name, "title", ["x.png", "\udcff no text.png"])

@@ -1,4 +1,4 @@
-"""Work is completed even if nobody reads its output."""
+"""Commands complete their work even if nothing reads their output."""
 
 import io
 import os
@@ -20,7 +20,7 @@ commands.main()
 
 
 def shell(command: str, *arguments: str) -> subprocess.CompletedProcess:
-    """Run a shell command in which UNMASK stands for the command line with these arguments."""
+    """Run a shell command, with UNMASK replaced by the command line `unmask` and these arguments."""
     code = CODE.format(arguments=list(arguments))
     return subprocess.run(
         ["bash", "-c", command.replace("UNMASK", f'{sys.executable} -c "$CODE"')],
@@ -59,7 +59,7 @@ def test_lost_json_output_is_an_error_after_the_work(images, tmp_path, stdout, r
 
 
 def test_closed_stderr_does_not_receive_the_number_of_a_file(tmp_path):
-    """Otherwise the next opened file would get descriptor 2, and warnings of C code would be written to it."""
+    """Otherwise the next opened file would get descriptor 2, and warnings of C code would be written to that file."""
     script = tmp_path / "script.py"
     script.write_text(
         "import os, sys\nfrom unmask.system.output_sinks import install\ninstall()\n"
