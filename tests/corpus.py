@@ -228,7 +228,7 @@ class Memory(Source):
 
 
 def photographs() -> list[bytes]:
-    """Return JPEGs of the two photographs in scikit-learn, as they are and re-encoded with other options."""
+    """Return JPEGs of the two photographs in scikit-learn, unchanged and re-encoded with other options."""
     found = []
     for name in ("china.jpg", "flower.jpg"):
         data = files("sklearn.datasets").joinpath("images", name).read_bytes()

@@ -50,7 +50,7 @@ def test_ls_lists_damaged_runs(unmask, run_folder):
 
 
 def test_prune_keeps_the_only_copy_of_a_partly_rewritten_checkpoint(unmask, run_folder):
-    """After a crash between the two renames of `checkpoint.save`, it has another name until the run is resumed."""
+    """After a crash between the two renames of `checkpoint.save`, the copy has another name until a resume."""
     newest = max((run_folder / "checkpoints").glob("step-*"))
     aside = newest.with_name(f"{newest.name}.old")
     newest.rename(aside)

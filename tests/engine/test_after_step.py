@@ -17,7 +17,7 @@ TINY = [
 
 @pytest.fixture
 def followed(monkeypatch):
-    """Calls of `after_step` in a method that averages MAE's class token: (step, micro-batch, counted, average)."""
+    """Calls of `after_step` as (step, micro-batch, counted, moving average of the class token)."""
     seen = []
 
     def after_step(self, clock):

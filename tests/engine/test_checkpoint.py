@@ -1,4 +1,4 @@
-"""Checkpoints survive kills at any point and any damage; negative controls show that each protection is needed."""
+"""An intact checkpoint remains after a kill or damage; negative controls show that each protection is needed."""
 
 import errno
 import hashlib
@@ -175,9 +175,7 @@ def test_flipped_bit_anywhere_is_detected(run, name):
             said = []
             found = load_latest(run, log=said.append)
             assert found.step == 1, f"byte {offset}, bit {bit}"
-            assert (
-                name in said[0] or name == "MANIFEST.json"
-            )  # for a flipped bit in a digest, the message names the file of that digest
+            assert name in said[0] or name == "MANIFEST.json"  # a bad digest is reported for its file
             assert "step-00000002" in said[0]
             corrupt = next(run.checkpoints.glob("*.corrupt*"))
             corrupt.rename(run.checkpoints / "step-00000002")

@@ -311,7 +311,7 @@ def test_pretrain_rejects_test_every(data, tmp_path):
 
 @pytest.fixture(scope="module")
 def street(tmp_path_factory):
-    """Images that are dark left of a random column and bright right of it, with masks of the two; id 7 is void."""
+    """Images that are dark left and bright right of a random column, with masks of the two parts; id 7 is void."""
     root, random = tmp_path_factory.mktemp("street"), np.random.default_rng(0)
     for part, count in (("train", 12), ("test", 4)):
         (root / "images" / part).mkdir(parents=True)

@@ -36,7 +36,7 @@ def picture(count=2, channels=3, size=(16, 16), scale=255.0, offset=0.0, panels=
 
 
 def cells_of(sheet, made, title="t", names=()):
-    """Return the cells (by column, then row) of a sheet, located by composing a copy with magenta cells."""
+    """Return the cells of a sheet, by column and row; a copy with magenta cells shows where they are."""
     height, width = cell_size(*next(iter(made.panels.values())).shape[2:])
     marker = {name: torch.full_like(panel[:, :1].float(), float("nan")) for name, panel in made.panels.items()}
     note = made.note
