@@ -92,7 +92,7 @@ def test_a_curve_fits_logistic_regression_to_features_computed_once(run, data, m
     real = feature_sets.features
     monkeypatch.setattr(feature_sets, "features", lambda *a, **more: tables.append(real(*a, **more)) or tables[-1])
     console = RecordingConsole()
-    found = probe(run, data, shots=(8, 1, 3), draws=3, console=console)
+    found = probe(run, data, shots=(8, 1, 3), label_draws=3, console=console)
     assert len(tables) == 2, "training and test images are encoded once each"
     train, test = (each[PRETRAINED] for each in tables)
     labels = np.repeat(np.arange(3), 20)
@@ -123,7 +123,7 @@ def test_a_curve_fits_logistic_regression_to_features_computed_once(run, data, m
 def test_a_probe_with_one_number_of_shots_uses_the_first_draw_of_a_curve(run, data):
     one = probe(run, data, shots=3, controls=True)
     console = RecordingConsole()
-    curve = probe(run, data, shots=3, draws=2, controls=True, console=console)
+    curve = probe(run, data, shots=3, label_draws=2, controls=True, console=console)
     assert "intervals over 2 draws of the labels are wide" in console.warnings[0]
     assert curve.shots == (3,)
     assert any("mean of 2 draws" in line for line in console.messages)
@@ -175,11 +175,11 @@ def test_features_are_cached_for_the_next_probe_until_something_changes(run, dat
 
 
 def test_an_unreadable_file_is_replaced_in_every_draw(run, data):
-    whole = probe(run, data, shots=(2, 4), draws=2)
+    whole = probe(run, data, shots=(2, 4), label_draws=2)
     for path in sorted((data / "class1").iterdir())[:6]:
         path.write_bytes(b"no image")
     console = RecordingConsole()
-    found = probe(run, data, shots=(2, 4), draws=2, console=console)
+    found = probe(run, data, shots=(2, 4), label_draws=2, console=console)
     assert found.train_images == whole.train_images == 12
     assert any("cannot be used" in line for line in console.warnings)
     with pytest.raises(UserError, match="class 'class0' has only 16 training images; use --shots 16 or fewer"):
@@ -211,9 +211,9 @@ def test_an_attentive_probe_keeps_tokens_of_few_test_images_in_memory(run, data,
     monkeypatch.setattr(run_probe_module, "TEST_PIECE", 5)
     again = probe(run, data, kind="attentive", controls=True)
     assert [row.correct for row in again.rows] == [row.correct for row in found.rows]
-    options = ProbeOptions(data=str(data), shots=(2, 4), draws=2, device="cpu")
+    options = ProbeOptions(data=str(data), shots=(2, 4), label_draws=2, device="cpu")
     both = run_probes(run, ("linear", "attentive"), options, RecordingConsole())
-    alone = probe(run, data, shots=(2, 4), draws=2)
+    alone = probe(run, data, shots=(2, 4), label_draws=2)
     assert both["linear"].rows == alone.rows
     assert both["attentive"].rows[0].points[0].fits[0]["rate"] in attentive.RATES
 
@@ -290,7 +290,7 @@ def test_a_new_kind_of_probe_declares_the_name_of_its_pooling(run, trained, tmp_
     assert "on the pre-trained features (maximum over tokens) gets" in found.verdict
     assert "Compared with other (maximum over tokens of both)" in found.verdict
     assert kept(run, "probe-strongest-data") == found
-    curve = probe(run, data, kind=new_kind, shots=(1, 3), draws=2)
+    curve = probe(run, data, kind=new_kind, shots=(1, 3), label_draws=2)
     assert "The pre-trained features (maximum over tokens) reach" in curve.verdict
 
 
@@ -321,7 +321,7 @@ def test_another_run_gets_the_same_scores_as_when_probed_alone(run, trained, tmp
     layered = probe(run, data, kind="knn", against=(other, trained / "mae"), layer="0")
     layers = {row.features: row.layer and row.layer.number for row in layered.rows}
     assert layers == {PRETRAINED: 0, "other": None, "mae": 0}, "all encoders with layers use the same layer"
-    curve = probe(run, data, shots=(2, 4), draws=2, against=(other,))
+    curve = probe(run, data, shots=(2, 4), label_draws=2, against=(other,))
     assert "Points above other:" in curve.verdict
 
 
@@ -365,8 +365,8 @@ def test_classes_of_a_table_give_the_same_result_as_folders(run, data, tmp_path)
         assert found.rows == folders.rows
         assert (found.names, found.task, found.metric) == (folders.names, "classes", "accuracy")
         assert kept(run, f"targets-{kind}-flat-by-t-classes") == found
-    curve = probe(run, flat, targets=file, shots=(1, 4), draws=2)
-    assert curve.rows == probe(run, data, shots=(1, 4), draws=2).rows
+    curve = probe(run, flat, targets=file, shots=(1, 4), label_draws=2)
+    assert curve.rows == probe(run, data, shots=(1, 4), label_draws=2).rows
     assert kept(run, "curve-linear-flat-1-4-shots-2-draws-by-t-classes") == curve
 
 
@@ -434,10 +434,10 @@ def test_test_images_have_rows_in_the_same_table_or_a_separate_one(run, data, tm
 def test_options_that_would_be_ignored_are_rejected(run, data, tmp_path):
     file = table(tmp_path / "t.csv", "path,mean", brightness(data).items())
     for wish, said in (
-        ({"draws": 3}, "got --label-draws 3 without --shots"),
-        ({"draws": 1, "shots": (1, 2)}, "got --label-draws 1; expected at least 2"),
+        ({"label_draws": 3}, "got --label-draws 3 without --shots"),
+        ({"label_draws": 1, "shots": (1, 2)}, "got --label-draws 1; expected at least 2"),
         ({"shots": ()}, "got no number of labels per class"),
-        ({"task": "classes", "columns": ("a",)}, "got --columns, --target-type without --targets"),
+        ({"target_type": "classes", "columns": ("a",)}, "got --columns, --target-type without --targets"),
         ({"targets": file, "test_targets": file}, "got --test-targets without --test"),
         ({"targets": file, "shots": 3}, "got --shots 3, which are labels per class, but the task is regression"),
         ({"targets": tmp_path / "no.csv"}, "does not exist"),

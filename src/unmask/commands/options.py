@@ -2,9 +2,11 @@
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+from unmask.commands.declare import Request
 from unmask.engine import time_budget
 from unmask.option import Option
 
@@ -59,3 +61,10 @@ Budget = Annotated[
     ),
 ]
 NewRun = Annotated[str | Path | None, Option("New run folder.", metavar="RUN", default="runs/DATA-RECIPE")]
+
+
+@dataclass(frozen=True)
+class RunRequest(Request):
+    """A request about one run, which is the first positional argument."""
+
+    run: RunFolder

@@ -7,7 +7,6 @@ the first step. The loop is in `engine/train.py`; `engine/continue_run.py` conti
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +22,7 @@ from unmask.engine.image_size import consequence
 from unmask.engine.job import TrainingInputs
 from unmask.engine.make_plan import few_steps
 from unmask.engine.plan_text import print_inputs, print_plan
+from unmask.engine.pretrain_options import PretrainOptions
 from unmask.engine.provenance import provenance
 from unmask.engine.resolve import (
     choose_config,
@@ -51,49 +51,6 @@ from unmask.system.plain_names import default_folder
 from unmask.system.processes import reject_several_processes, require_main_guard
 
 
-@dataclass(frozen=True)
-class PretrainOptions:
-    """The settings of a pre-training run and its initial weights.
-
-    exclude: patterns of file names to leave out. recipe: a name from `unmask recipes`, or "auto". config: folder or
-    config.json of another run, whose settings are used in place of a recipe. settings: KEY=VALUE assignments. from_run:
-    run with the initial weights, see `initial_weights.continued`. tokenizer: run of a dVAE whose codes the method
-    predicts.
-    palette: a file of `unmask palette`, or an iGPT run whose colours are used. masks: a file of patch masks.
-    """
-
-    exclude: Sequence[str] = ()
-    recipe: str = "auto"
-    config: str | Path | None = None
-    settings: Sequence[str] = ()
-    from_run: str | Path | None = None
-    tokenizer: str | Path | None = None
-    palette: str | Path | None = None
-    masks: str | Path | None = None
-
-    def base(self) -> Config | None:
-        """Return the configuration that `config` or `from_run` selects in place of a recipe, or None.
-
-        Raises UserError.
-        """
-        if self.config is not None:
-            reject_two_sources_of_settings(self.recipe, self.from_run)
-            return config_of_run(self.config)
-        return None if self.from_run is None else initial_weights.continued(self.from_run, self.recipe)
-
-    def all_settings(self, base: Config | None) -> list[str]:
-        """Return `settings`, preceded by the settings that the other options imply. Raises ConfigError."""
-        return settings_with_options(
-            base,
-            self.recipe,
-            list(self.settings),
-            weights=self.from_run is not None,
-            tokenizer=self.tokenizer,
-            palette=self.palette,
-            masks=self.masks,
-        )
-
-
 @float32_default()
 def pretrain(
     data: str | Path | Sequence[str | Path],
@@ -113,8 +70,8 @@ def pretrain(
     reject_several_processes()
     options, console, budget = options or PretrainOptions(), console or Console(), as_budget(budget)
     recipe, from_run = options.recipe, options.from_run
-    base = options.base()
-    settings = options.all_settings(base)
+    base = base_of(options)
+    settings = settings_of(options, base)
     draft = draft_config(base, recipe, settings, budget)
     reject_supervised(draft, from_run)
     if from_run is not None and (own := sorted({"data.mean", "data.std"} & set(parse(settings)))):
@@ -136,6 +93,27 @@ def pretrain(
         )
     request = TrainingRequest(source=source, scan=found, config=chosen, device=device, budget=budget, reasons=reasons)
     return start_run(request, out=out, console=console)
+
+
+def base_of(options: PretrainOptions) -> Config | None:
+    """Return the configuration that `config` or `from_run` selects in place of a recipe, or None. Raises UserError."""
+    if options.config is not None:
+        reject_two_sources_of_settings(options.recipe, options.from_run)
+        return config_of_run(options.config)
+    return None if options.from_run is None else initial_weights.continued(options.from_run, options.recipe)
+
+
+def settings_of(options: PretrainOptions, base: Config | None) -> list[str]:
+    """Return the settings of the options, preceded by the settings that other options imply. Raises ConfigError."""
+    return settings_with_options(
+        base,
+        options.recipe,
+        list(options.settings),
+        weights=options.from_run is not None,
+        tokenizer=options.tokenizer,
+        palette=options.palette,
+        masks=options.masks,
+    )
 
 
 def start_run(request: TrainingRequest, *, out: str | Path | None, console: Console) -> Run:

@@ -68,7 +68,7 @@ class TrainingSet:
 def open_labelled_images(options: ProbeOptions, console: Console) -> LabelledImages:
     """Open the images with their labels, and split them into training and test images."""
     if options.targets is not None:
-        return _open_with_table(options, options.targets, console)
+        return _open_with_table(options, Path(options.targets), console)
     train = require_labels(open_source(options.data, options.exclude))
     require_classes(train.classes)
     train_y, labelling = labels_of(train), Labelling(CLASSES, tuple(train.classes))
@@ -84,7 +84,7 @@ def open_labelled_images(options: ProbeOptions, console: Console) -> LabelledIma
             test_y=train_y,
         )
     test = require_labels(open_source(options.test, options.exclude), train.classes)
-    test = renumber_labels(test, train.classes, options.data)
+    test = renumber_labels(test, train.classes, str(options.data))
     if absent := absent_classes(labels_of(test), train.classes):
         console.warn(f"{options.test} has no images of {absent}: these classes are not tested")
     return LabelledImages(
@@ -111,7 +111,7 @@ def _split(strata: np.ndarray, rows: np.ndarray, options: ProbeOptions) -> tuple
 def _open_with_table(options: ProbeOptions, path: Path, console: Console) -> LabelledImages:
     """Open the images with the labels of a table; see `open_labelled_images`."""
     table = read_table(path, options.columns)
-    meaning = meaning_of(table, options.task)
+    meaning = meaning_of(table, options.target_type)
     train = open_source(options.data, options.exclude)
     found = targets_of(table, train, meaning)
     labelling, values = Labelling(found.task, tuple(found.classes or found.columns)), _by_row(found, train)
@@ -126,7 +126,7 @@ def _open_with_table(options: ProbeOptions, path: Path, console: Console) -> Lab
             _require_unambiguous(options, train, test, table.paths)
             second = table
         else:
-            second = read_table(options.test_targets, meaning.columns)
+            second = read_table(Path(options.test_targets), meaning.columns)
         there = targets_of(second, test, meaning, classes=found.classes)
         unused = unused & set(there.unused) if second is table else unused | set(there.unused)
         without_row += there.left_out
@@ -141,7 +141,7 @@ def _open_with_table(options: ProbeOptions, path: Path, console: Console) -> Lab
     about = TargetTable(
         path=str(path),
         test_path=None if options.test_targets is None else str(options.test_targets),
-        columns=options.columns,
+        columns=None if options.columns is None else tuple(options.columns),
         reason=found.why,
         images_without_row=without_row,
     )
@@ -173,11 +173,11 @@ def _by_row(found: Targets, source: Source) -> np.ndarray:
     return values
 
 
-def image_set(name: str, source: Source, excluded: tuple[str, ...]) -> ImageSet:
+def image_set(name: str, source: Source, excluded: Sequence[str]) -> ImageSet:
     """Return the record of a source for a result. name: the path it was opened with."""
     path = Path(name).absolute()
     return ImageSet(
-        name=name, path=str(path) if path.exists() else None, digest=source.fingerprint(), excluded=excluded
+        name=name, path=str(path) if path.exists() else None, digest=source.fingerprint(), excluded=tuple(excluded)
     )
 
 

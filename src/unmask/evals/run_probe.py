@@ -118,7 +118,7 @@ def run_probes(
     job = ProbeJob(
         run=opened,
         loaded=loaded,
-        others=load_others(opened.path, options.against, options.device),
+        others=load_others(opened.path, options.other_runs, options.device),
         options=options,
         console=console,
     )
@@ -335,14 +335,14 @@ def make_result(
 def _about(job: ProbeJob, images: LabelledImages) -> dict[str, Any]:
     """Return the fields of a result that record the data and options."""
     return _about_run(job) | {
-        "data": image_set(job.options.data, images.train, job.options.exclude),
+        "data": image_set(str(job.options.data), images.train, job.options.exclude),
         "test": identity_of_test(job.options, images.test),
         "targets": images.table,
     }
 
 
 def _about_run(job: ProbeJob) -> dict[str, Any]:
-    others = zip(job.others.items(), job.options.against, strict=True)
+    others = zip(job.others.items(), job.options.other_runs, strict=True)
     return {
         "seed": job.options.seed,
         "step": job.loaded.step,
@@ -371,7 +371,7 @@ def measure_without_labels(job: ProbeJob, kinds: Mapping[str, LabelFreeMeasure])
     tables = tables_of(
         sets, source, rows=rows, options=FeatureOptions(title="images", cache=job.cache), console=job.console
     )
-    data = image_set(job.options.data, source, job.options.exclude)
+    data = image_set(str(job.options.data), source, job.options.exclude)
     results = {}
     for kind, measure in kinds.items():
         with job.console.working(f"computing the {measure.metric} of {len(tables[PRETRAINED]):,} images"):
