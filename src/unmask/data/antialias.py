@@ -1,6 +1,6 @@
 """Private antialiasing kernels of torch for 8-bit images, each with a fallback for versions of torch without them.
 
-`tests/data/test_antialias.py` fails when an installed torch has changed one of them.
+`tests/data/test_antialias.py` fails when an installed torch has changed one of these kernels.
 """
 
 from __future__ import annotations

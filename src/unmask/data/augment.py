@@ -53,8 +53,8 @@ class CropConfig(Settings):
     ratio: range of the aspect ratio, for "random_resized" only.
     flip: probability of a left-right flip.
     eval_share: side of the boxes of fixed size, as a share of the side of the largest box that fits (0.875 for a crop
-    of 224 from 256 pixels). It is used for all evaluation, and for training crops of kind "random" and "center".
-    jitter: strength of `jitter_colours`; 0, as in MAE (its Table 1e), turns it off.
+    of 224 from 256 pixels). Boxes of fixed size are used for all evaluation, and for training crops of kind "random"
+    and "center". jitter: strength of `jitter_colours`; 0, as in MAE (its Table 1e), turns it off.
     interpolation: "bicubic" or "bilinear" (SimMIM's pre-training), with antialiasing; evaluation is always bicubic.
     """
 
@@ -149,8 +149,8 @@ def jitter_colours(images: np.ndarray, strength: float, draws: np.ndarray) -> np
     1 - strength to 1 + strength. Brightness multiplies the pixels, contrast their distance from the image's mean gray
     level, and saturation their distance from the pixel's own gray level, so saturation does not change gray images. The
     gray level is 0.299 R + 0.587 G + 0.114 B, or the mean of the channels if there are not three. Integer results are
-    clipped to the range of their dtype. This is torchvision's ColorJitter without hue, except that torchvision applies
-    the changes in random order.
+    clipped to the range of their dtype. The result is that of torchvision's ColorJitter without hue, except that
+    torchvision applies the changes in random order.
     """
     factors = (1 + strength * (2 * draws - 1)).astype(np.float32)[:, :, None, None, None]  # (B, 3, 1, 1, 1)
     channels = images.shape[3]
@@ -298,9 +298,9 @@ def _cut_from_pixels(
 def _align_to_pixel(first: float, step: float) -> tuple[int, int] | None:
     """Return (pixel to start at, number of samples to discard) for samples that begin at `first`, `step` pixels apart.
 
-    The kernel can only start at a pixel's edge. So resampling starts up to MOST_SKIPPED samples before the box, where a
-    sample begins closest to an edge, and the extra samples are discarded. The pixel to start at may lie outside the
-    image. Returns None if no sample begins within NEAR_PIXEL of an edge.
+    The kernel can only start at a pixel's edge. Resampling therefore starts up to MOST_SKIPPED samples before the box,
+    where a sample begins closest to an edge, and the extra samples are discarded. The pixel to start at may lie outside
+    the image. Returns None if no sample begins within NEAR_PIXEL of an edge.
     """
     begins = [first - skipped * step for skipped in range(1 + MOST_SKIPPED)]
     errors = [abs(begin - round(begin)) for begin in begins]

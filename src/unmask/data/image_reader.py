@@ -129,7 +129,7 @@ class ImageReader:
     def keep_decoded(self) -> None:
         """Decode every image at full size and cache it in memory; workers forked later share the cache.
 
-        This takes memory for rows x H x W x C values of the data set's dtype. Images that cannot be decoded are
+        The cache takes memory for rows x H x W x C values of the data set's dtype. Images that cannot be decoded are
         reported when their batch is made.
         """
         for row in self.rows.tolist():

@@ -223,7 +223,7 @@ def test_every_page_can_be_a_separate_image(tmp_path):
     [
         ((40, 60, 100), (40, 60, 100)),  # hyperspectral, with a height smaller than the other axes
         ((145, 145, 200), (145, 145, 200)),
-        ((224, 128, 128), (128, 128, 224)),  # square patches of many bands
+        ((224, 128, 128), (128, 128, 224)),  # square images with many bands
         ((64, 200, 200), (200, 200, 64)),
         ((5, 60, 100), (60, 100, 5)),
         ((60, 100, 5), (60, 100, 5)),

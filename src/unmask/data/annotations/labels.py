@@ -43,7 +43,7 @@ def require_labels(source: Source, known: Sequence[str] = ()) -> Source:
 
 
 def labels_of(source: Source) -> np.ndarray:
-    """Return the labels (n,) of a source that has them."""
+    """Return the labels (n,) of a source, which must have labels."""
     assert source.labels is not None, "call require_labels first"
     return source.labels
 

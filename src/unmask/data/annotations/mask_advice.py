@@ -1,6 +1,6 @@
 """Check segmentation masks before training: gray levels instead of ids, void ids, and detail lost to the image size.
 
-These functions only report; `open_masks.py` rejects masks or adds notes with the option that fixes them.
+The functions of this module only report; `open_masks.py` rejects masks or adds notes with the option that fixes them.
 
 Notation: H x W pixels of a mask, K classes.
 """

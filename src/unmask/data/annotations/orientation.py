@@ -2,8 +2,8 @@
 
 Images are read as displayed, but many tools draw boxes and masks on the stored pixels. If the orientation swaps height
 and width, the image size stated by the annotation shows to which of the two it refers. For square images, and images
-that are mirrored or rotated by 180 degrees, the stored and the displayed image have the same size. Their annotations
-are treated like those of the other images, or as referring to the displayed image if all are of this kind.
+that are mirrored or rotated by 180 degrees, the stored and the displayed image have the same size. Annotations of these
+images are treated like those of the other images, or as referring to the displayed image if all are of this kind.
 
 The orientation is EXIF's 1 to 8, as in `image_header.Header`; 5 to 8 swap height and width.
 """

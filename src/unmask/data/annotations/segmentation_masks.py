@@ -1,9 +1,9 @@
 """Segmentation masks: for each image, an image of the same size that stores the class of every pixel.
 
-A mask is a gray or palette image, preferably PNG. Its stored numbers are ids, and its colours are ignored. A mask
-belongs to the image in the same sub-folder whose name is equal except for the extension. Image and mask folders are
-found automatically if they are DATA/images and DATA/labels (or masks, annotations), or DATA = .../images/train and
-.../labels/train. If the masks are elsewhere, pass their folder.
+A mask is a gray or palette image, preferably PNG. The numbers stored in a mask are ids; the colours of a palette are
+ignored. A mask belongs to the image in the same sub-folder whose name is equal except for the extension. Image and mask
+folders are found automatically if they are DATA/images and DATA/labels (or masks, annotations), or DATA =
+.../images/train and .../labels/train. If the masks are elsewhere, pass their folder.
 
 `classes.txt`, beside the masks or in the folder above, names ids 0, 1, 2 ..., one per line. Without this file, classes
 are named by their number, and other files that commonly name classes (`class_files.py`) are suggested.

@@ -16,8 +16,8 @@ PNG checksums are verified. WebP, GIF, BMP and TIFF have no checksums, so damage
 JPEGs with extra bytes between segments or before the end marker, or without an end marker, are accepted if all blocks
 of the image are present; see `jpeg_repair.py`.
 
-In the scan, a file may use 512 MiB including its own bytes, as estimated from its header (`Header.memory`). This limit
-allows 100 megapixels as 8-bit JPEG, PNG, BMP, GIF or TIFF in strips, 53 in 16-bit colour, and about 30 as WebP.
+In the scan, a file may use 512 MiB including its own bytes, as estimated from its header (`Header.memory`). A limit of
+512 MiB allows 100 megapixels as 8-bit JPEG, PNG, BMP, GIF or TIFF in strips, 53 in 16-bit colour, and about 30 as WebP.
 The loader decodes into one array, which needs additional memory.
 
 Reason codes: EMPTY NOT_IMAGE FORMAT_NOT_ALLOWED HEADER_BAD TRUNCATED CORRUPT TOO_MANY_PIXELS TOO_LARGE_FILE

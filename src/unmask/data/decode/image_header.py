@@ -45,8 +45,8 @@ class Header:
 def packed_note(size: tuple[int, int], full_size: tuple[int, int]) -> bytes:
     """Encode the size of a smaller copy and the full size of its original, (H, W) each.
 
-    The note is stored as a JPEG comment, as PNG text, or after the values of a .npy. It includes the copy's own size,
-    so that it is ignored if another program crops or shrinks the copy but keeps the note.
+    The note is stored as a JPEG comment, as PNG text, or after the values of a .npy. The note includes the copy's own
+    size, so that the note is ignored if another program crops or shrinks the copy but keeps the note.
     """
     return b"unmask\0packed %dx%d from %dx%d" % (*size, *full_size)
 

@@ -1,12 +1,12 @@
 """Accept JPEGs that violate the format without loss of pixels: extra bytes between segments, or no end marker.
 
-Some cameras and scanners write such files. A strict decoder rejects them, and a lenient decoder also accepts damaged
-files. `repaired` removes the extra bytes and lets the strict decoder check the rest.
+Some cameras and scanners write such JPEGs. A strict decoder rejects such JPEGs, and a lenient decoder also accepts
+damaged ones. `repaired` removes the extra bytes and lets the strict decoder check the rest.
 
 Leftover bytes before the end marker may also be a sign of damage: after a few wrong bits, the decoder often
-resynchronises some blocks too early and leaves the last blocks of the image unread. These blocks are Huffman-coded up
-to the last bit, which junk hardly ever is. So leftover bytes are accepted as junk only if they are padding (one value
-repeated), or if they do not parse as further blocks that end exactly where the data ends.
+resynchronises some blocks too early and leaves the last blocks of the image unread. Unread blocks are Huffman-coded up
+to the last bit, which junk hardly ever is. Leftover bytes are therefore accepted as junk only if they are padding (one
+value repeated), or if they do not parse as further blocks that end exactly where the data ends.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """How a file stores its image and how it is read: bands, alpha, pages, order of axes, tolerated faults.
 
-A `Layout` is encoded as one integer for each file in the scan cache. So a scan can report composited alpha, skipped
+A `Layout` is encoded as one integer for each file in the scan cache. This lets a scan report composited alpha, skipped
 pages and guessed axes without decoding the files again.
 """
 

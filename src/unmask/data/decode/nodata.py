@@ -23,8 +23,8 @@ from unmask.data.decode.bad_image import BadImage
 from unmask.data.decode.tiff_pages import TIFF_STARTS, read_pages
 
 Nodata = Literal["auto"] | float | None
-"""Setting for which pixels are absent. "auto": NaN, infinity, and the value that the file declares. A number marks
-pixels with this value too. None: no pixels."""
+"""Setting for which pixels are absent. "auto": NaN, infinity, and the value that the file declares. A number
+additionally marks pixels with that value as absent. None: no pixels."""
 
 PALETTE = 3  # TIFF's photometric interpretation
 

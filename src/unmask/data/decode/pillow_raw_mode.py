@@ -1,6 +1,6 @@
 """Make Pillow decode a PNG with another mode and raw mode than its header implies.
 
-Pillow truncates 16-bit colour to 8 bits. Its raw modes ;16B and ;16L unpack the first and the second byte of each
+Pillow truncates 16-bit colour to 8 bits. Pillow's raw modes ;16B and ;16L unpack the first and the second byte of each
 sample, so decoding twice gives all 16 bits. To select these raw modes, this module sets `_mode` and `tile` of an opened
 image, as Pillow documents for its plugins ("Writing your own image plugin"). `works` checks that the installed Pillow
 uses these modes.

@@ -156,7 +156,7 @@ def starting_at(data: bytes, offset: int) -> bytes:
 
 
 def choose(pages: list[Page], reading: Reading) -> Chosen:
-    """Choose which pages to read."""
+    """Choose the pages of a TIFF to read."""
     first = pages[0]
     if reading.pages == "samples":
         return Chosen((first,), 1, "samples")

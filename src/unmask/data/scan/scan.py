@@ -144,7 +144,7 @@ def scan(
     channels: number of channels to convert images to, or None for the most frequent number. Files that cannot be
     converted are reported as bad.
     ignore_cache: also decode files whose results are in the scan cache.
-    Settings that `source.reading` leaves open are decided first; `Scan.applied_to` returns a source with them.
+    Open settings of `source.reading` are decided first; `Scan.applied_to` returns a source with these settings.
     """
     start, began = time.monotonic(), time.time()
     rows = np.arange(len(source))

@@ -1,9 +1,9 @@
 """The scan cache: records of readable files as columns of numbers, stored between commands.
 
-A scan decodes every file, which takes most of the time before the first training step on a large folder. Its results
-are stored in a cache folder (never among the images), and later scans decode only files that are new, or whose size or
-time of change differs. If the cache is damaged, from another version, or not writable, the files are scanned again.
-Unreadable files are not cached, because the cause may be outside the file (a mount, a permission, memory).
+A scan decodes every file, which takes most of the time before the first training step on a large folder. The results of
+a scan are stored in a cache folder (never among the images), and later scans decode only files that are new, or whose
+size or time of change differs. If the cache is damaged, from another version, or not writable, the files are scanned
+again. Unreadable files are not cached, because the cause may be outside the file (a mount, a permission, memory).
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from unmask.errors import SourceError
 
 
 class SelectedSource(Source):
-    """A subset of the rows of a source, in the same order. Class folders are determined from the remaining names."""
+    """A subset of the rows of a source, in the same order. Classes are determined from the names of these rows only."""
 
     def __init__(self, inner: Source, rows: np.ndarray) -> None:
         self.inner, self.rows = inner, np.asarray(rows, np.int64)

@@ -53,7 +53,7 @@ def open_shards_below(name: str, root: str, paths: Sequence[str], *, location: s
 def open_shards(name: str, root: str, relative: Sequence[str], *, location: str) -> Source:
     """Open parquet or tar files as one source. relative: '/'-separated paths relative to `root`.
 
-    Raises SourceError for a mixture of both kinds, and for shards with different columns.
+    Raises SourceError for a mixture of parquet and tar files, and for shards with different columns.
     """
     relative = sorted(relative)
     tables = [path for path in relative if path.lower().endswith(PARQUET)]
@@ -107,7 +107,7 @@ def _splits(relative: Sequence[str]) -> list[str]:
     for path in relative:
         words = [*path.split("/")[:-1], re.split(r"[-_.]", posixpath.basename(path))[0]]
         found.add(next((word for word in words if word.lower() in SPLITS), ""))
-    return sorted(found) if len(found) > 1 and "" not in found else []  # [] for one split or none
+    return sorted(found) if len(found) > 1 and "" not in found else []  # returns [] for one split or none
 
 
 def _label_tars(source: JoinedSource, stems: Sequence[str]) -> None:

@@ -96,8 +96,8 @@ class Source(ABC):
     def read_unchanged(self, i: int) -> bytes:
         """Return the bytes of row i. Raises BadImage (CHANGED) if the file has changed since the source was opened.
 
-        This takes one `stat` call. If the time of change differs, the digest is compared. If the digest is unknown, a
-        file with the same modification time counts as unchanged.
+        Checking for changes takes one `stat` call. If the time of change differs from the recorded one, the digests are
+        compared. If the digest is unknown, a file with the same modification time counts as unchanged.
         """
         data = self.read(i)
         if self.changed is None or self.modified is None or self.changed[i] < 0:
@@ -177,7 +177,7 @@ def printable_names(paths: StringTable) -> StringTable:
 def last_change(found: os.stat_result) -> int:
     """Return when a file's content, name or mode last changed, in nanoseconds since 1970.
 
-    This is the later of st_mtime and st_ctime, because programs cannot set back st_ctime (on Windows, the time of
+    The result is the later of st_mtime and st_ctime, because programs cannot set back st_ctime (on Windows, the time of
     creation).
     """
     return max(found.st_mtime_ns, found.st_ctime_ns)
