@@ -2,7 +2,7 @@
 
     python benchmarks/attention.py [--rounds 9] [--json] [--keep] [--tiny]
 
-The shapes are those of a masked autoencoder: a few visible tokens in the encoder, all tokens in the decoder.
+The shapes are typical of masked autoencoders, with few visible tokens in the encoder and all tokens in the decoder.
 """
 
 from __future__ import annotations

@@ -15,8 +15,8 @@ unmask gets uint8 images, draws its patch masks, checks for non-finite numbers a
 training.
 
 `products`: time of only the forward and backward matrix products of all linear layers, in the same shapes and
-precision. `share`: the model's FLOPs per second divided by those of `products`. `loss`: largest relative difference
-between the losses of the rival and of unmask in float32, with the same weights, images and masks.
+precision. `share`: the model's FLOPs per second divided by the FLOPs per second of `products`. `loss`: largest relative
+difference between the losses of the rival and of unmask in float32, with the same weights, images and masks.
 
 --tiny times one step of a small model, for the test of this script.
 """

@@ -1,4 +1,4 @@
-"""Settings: every key can be set, wrong ones are rejected with the nearest names, and JSON round-trips."""
+"""Settings: every key can be set, wrong keys are rejected with similar names, and JSON round-trips."""
 
 import json
 import re

@@ -11,7 +11,7 @@ GOLDEN_UNIFORM = [0.9178564548492432, 0.3271598815917969, 0.08104187250137329]
 
 
 def test_philox_gives_the_published_known_answers():
-    # Random123, kat_vectors: philox 4x32 with 10 rounds.
+    # From the file kat_vectors of the library Random123: philox 4x32 with 10 rounds.
     zero, full = np.zeros(1, np.int64), np.full(1, 0xFFFFFFFF, np.int64)
     assert [int(w[0]) for w in philox((zero,) * 4, (0, 0))] == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
     assert [int(w[0]) for w in philox((full,) * 4, (0xFFFFFFFF, 0xFFFFFFFF))] == [

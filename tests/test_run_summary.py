@@ -1,4 +1,4 @@
-"""The display of a run in Python and in notebooks."""
+"""Test how a run is displayed in Python and in notebooks."""
 
 import base64
 import os

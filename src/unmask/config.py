@@ -143,7 +143,7 @@ class DataConfig(Settings):
         return Reading(alpha=self.alpha, pages=self.pages, axes=self.axes, nodata=self.nodata)
 
     def as_settled(self, reading: Reading) -> dict[str, str]:
-        """Return settings that decode other images like those of a run, with the run's decisions in place of "auto"."""
+        """Return settings that decode other images as a run did, with the run's decisions in place of "auto"."""
         settings: dict[str, str] = {}
         if self.alpha == "auto" and reading.tagged != "auto":
             settings["alpha"] = "band" if reading.tagged == "band" else "composite"
@@ -153,7 +153,7 @@ class DataConfig(Settings):
 
     @property
     def place(self) -> str:
-        """`source` as one text, for messages."""
+        """The value of `source` as one text, for messages."""
         return self.source if isinstance(self.source, str) else ", ".join(self.source)
 
 
@@ -230,7 +230,10 @@ def task_names() -> list[str]:
 
 
 def method_module(name: str) -> ModuleType:
-    """Return the module of a method or task, or of `encoder`. Raises ConfigError with the nearest names for others."""
+    """Return the module of a method or task, or of `encoder`.
+
+    Raises ConfigError with similar names for unknown names.
+    """
     if name == ENCODER:
         return encoder_only
     if name in task_names():
@@ -248,7 +251,7 @@ def method_class(name: str) -> type[Method]:
         for thing in vars(module).values()
         if isinstance(thing, type) and issubclass(thing, Method) and thing.__module__ == module.__name__
     ]
-    assert len(found) == 1, f"{module.__name__} must define one Method, it defines {len(found)}"
+    assert len(found) == 1, f"{module.__name__} must define one Method, but it defines {len(found)}"
     return found[0]
 
 
@@ -286,7 +289,7 @@ def override(config: Config, assignments: Iterable[str]) -> Config:
     """Return `config` with KEY=VALUE assignments applied, e.g. "train.steps=100" or "data.size=[48,64]".
 
     Values are parsed as JSON if possible and are text otherwise; `none` clears a field. Raises ConfigError for an
-    unknown key (with the nearest known ones) or an invalid value (with the expected ones).
+    unknown key, with similar keys, or for an invalid value, with the expected values.
     """
     tree = config.model_dump(mode="json")
     known = keys(config)

@@ -345,7 +345,7 @@ class FinetuneResult:
     """The score of a fine-tuned run on its test images, with the weights of the last step.
 
     task: name of the method ("classify", "segment", "detect", "linear_probe"). metric: key of the score in `numbers`.
-    words: names of the reported metrics in texts, by key, the score first; {} in results of earlier versions.
+    words: {key: name in texts} of the reported metrics, beginning with the score; empty in results of earlier versions.
     low, high: 95 % interval of the score. by_class: IoU or AP50 of every class, or None for a class without a defined
     score. best: the best test during training, selected on the test images. averaged: the score with the moving average
     of the weights.
@@ -503,7 +503,7 @@ def to_json(record: Record) -> dict[str, Any]:
 
 
 def from_json(found: Mapping[str, Any]) -> Record:
-    """Convert a JSON object of this version or an earlier one to a record. Raises UserError."""
+    """Convert a JSON object of this version or of an earlier version to a record. Raises UserError."""
     found = found if RECORD in found else from_earlier_version(found)
     name = found[RECORD]
     if name not in RECORDS:

@@ -100,7 +100,7 @@ class MetricRows(list[dict[str, Any]]):
 
 
 class Run:
-    """A run folder. `Run.begin` creates a new one, `Run.open` opens an existing one."""
+    """A run folder. `Run.begin` creates a new run, and `Run.open` opens an existing run."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -136,7 +136,7 @@ class Run:
     def create(cls, path: str | Path) -> Run:
         """Create the folders of a new run. Raises RunError.
 
-        path: a new or empty folder, or one in which the creation of a run was interrupted.
+        path: a new or empty folder, or a folder in which the creation of a run was interrupted.
         """
         run = cls.check_free(path)
         try:
@@ -316,8 +316,8 @@ class Run:
             raise RunError(f"{path} {fault}; {_remedy(name, path)}") from None
         if found.sha256 is None and self._must_have_digest(name):
             raise RunError(
-                f"{path} has no digest, but other files of this run have one: it was edited by hand, or belongs to "
-                f"another run; {_remedy(name, path)}"
+                f"{path} has no digest, but other files of this run have one: the file was edited by hand, or belongs "
+                f"to another run; {_remedy(name, path)}"
             )
         if name != CONFIG and found.sha256 is not None and found.run_id != self.id:
             raise RunError(
@@ -424,7 +424,7 @@ class Run:
         """Return the last status, even if it could not be written, or an empty status if the file is missing or
         damaged.
 
-        `status().health()` distinguishes a slow run from a dead one.
+        `status().health()` distinguishes slow runs from dead runs.
         """
         recorded, heartbeat = self._status, {}
         if not recorded:

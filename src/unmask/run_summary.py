@@ -138,7 +138,7 @@ def _metrics(run: RunFolder) -> list[dict[str, Any]]:
 
 
 def _newest_result(run: RunFolder) -> str:
-    """Return the newest score of the run's own features, such as 'linear 55.8 % on digits', or "" if there is none."""
+    """Return the newest score of the run's features, such as 'linear 55.8 % on digits', or "" without a score."""
     from unmask.results import ACCURACY, FinetuneResult, ProbeResult, read_results  # pydantic is slow to import
 
     records = read_results(run).records

@@ -1,15 +1,15 @@
 """The interface of supervised methods (`tasks/`): a `Task` is a `Method` that predicts and is tested on other images.
 
-    annotation the kind of annotation that the task predicts: classes, masks or boxes
-    needs the annotations of the data, in words for `unmask finetune --help`
+    annotation             the kind of annotation that the task predicts: classes, masks or boxes
+    needs                  the annotations that the data must have, in words for `unmask finetune --help`
     predict(images)        one prediction per image
     measure(batches, ...)  metrics of the predictions on annotated images
     headline               the metrics to report during training; the first one is the score
     recipe                 the recipe of its training, or the first word of its recipes' names
-    describe(values)       those metrics in words
+    describe(values)       the headline metrics in words
 
-Fine-tuning, testing, prediction and export use these members, and those of `TaskConfig`, and do not depend on the task.
-To add a task, add one file to `tasks/` with a `Config` and one subclass of `Task`, and a recipe
+Fine-tuning, testing, prediction and export use these members and the members of `TaskConfig` only, so they work for
+every task. To add a task, add one file to `tasks/` with a `Config` and one subclass of `Task`, and a recipe
 (`docs/write-a-method.md`). `Config` is a subclass of `TaskConfig`, of `MaskTaskConfig` for tasks that read segmentation
 masks, and of `PartialTaskConfig` for tasks that can train the last blocks of the encoder only.
 """
@@ -65,12 +65,12 @@ class TaskConfig(MethodConfig):
 
     @property
     def trained_blocks(self) -> float | None:
-        """Number of last blocks of the encoder that are trained with the head; None for the whole encoder."""
+        """Number of last blocks of the encoder that are trained with the head, or None for the whole encoder."""
         return None
 
     @classmethod
     def refusal(cls, asked: Mapping[str, Any]) -> str | None:
-        """Return why the settings `asked`, such as {"method.width": 64}, cannot be set by hand; None if they can."""
+        """Return why the user cannot set `asked`, such as {"method.width": 64}, or None if that is allowed."""
         if "method.classes" in asked:
             return (
                 "method.classes cannot be set: classes are read from the data; name them by sub-folders, in "
@@ -79,7 +79,7 @@ class TaskConfig(MethodConfig):
         return None
 
     def with_masks(self, masks: SegmentationMasks) -> Self:
-        """Return these settings with the options with which the training masks were read, for resuming."""
+        """Return these settings with the options for reading the masks, so that a resumed run reads them again."""
         return self
 
     def from_scratch(self) -> Self:
@@ -88,10 +88,10 @@ class TaskConfig(MethodConfig):
 
 
 class MaskTaskConfig(TaskConfig):
-    """Base of the settings of tasks that read segmentation masks.
+    """Base class of the settings of tasks that read segmentation masks.
 
-    ignored: ids in the mask files that are not classes, stored so that other masks are read in the same way. values:
-    the id of each class, None for all ids that are not ignored. stored_pixels: whether masks belong to the stored
+    ignored: ids in the mask files that are not classes; they are stored so that other masks are read in the same way.
+    values: the id of each class (None: all ids that are not ignored). stored_pixels: whether masks belong to the stored
     pixels of images with an EXIF orientation.
     """
 
@@ -113,25 +113,25 @@ class MaskTaskConfig(TaskConfig):
     @classmethod
     def refusal(cls, asked: Mapping[str, Any]) -> str | None:
         why = {
-            "method.ignored": "it is needed before the masks are read; give --ignore ID",
-            "method.values": "it is needed before the masks are read; give --mask-values ID,ID",
-            "method.stored_pixels": "it is detected when the masks are read; leave it out",
+            "method.ignored": "this setting is needed before the masks are read; give --ignore ID",
+            "method.values": "this setting is needed before the masks are read; give --mask-values ID,ID",
+            "method.stored_pixels": "its value is detected when the masks are read; leave it out",
         }
         refused = [f"{key} cannot be set: {reason}" for key, reason in why.items() if key in asked]
         return refused[0] if refused else super().refusal(asked)
 
     def with_masks(self, masks: SegmentationMasks) -> Self:
         changes: dict[str, Any] = {"stored_pixels": masks.stored, "ignored": masks.ignored}
-        if masks.values:  # 255 may be one of them; then it is not ignored
+        if masks.values:  # if 255 is a class, it is not ignored
             changes["values"] = masks.values
         return self.model_copy(update=changes)
 
 
 class PartialTaskConfig(TaskConfig):
-    """Base of the settings of tasks that accept `unmask finetune --last-blocks`; they apply it with `nn.freeze`.
+    """Base class of the settings of tasks that accept `unmask finetune --last-blocks` and apply it with `nn.freeze`.
 
-    last_blocks: how many of the encoder's last blocks are trained with the head; None, or all of them, for the whole
-    encoder. 0 trains only the head, 0.5 also the MLP of the last block.
+    last_blocks: number of the encoder's last blocks that are trained with the head (None: the whole encoder). With 0
+    only the head is trained, and with 0.5 also the MLP of the last block.
     """
 
     last_blocks: float | None = None
@@ -151,10 +151,11 @@ class Task(Method, Generic[Prediction, Truth]):
 
     Prediction: type of one prediction. For classes it is (K,) float32 probabilities, for masks (H, W) int64 class
     numbers, for boxes `tasks.detect.Found`. Truth: type of the annotations of the test images, or None for classes,
-    which are in the batches. title: the task's name for messages. needs: the annotations of the data, in a phrase for
-    help texts; a literal, because it is read without importing the file; "" for a task that `unmask finetune` does not
-    offer. recipe: its recipe, or the first word of the names of its recipes. recipe_depends_on: the properties by which
-    one of several recipes is chosen.
+    which are in the batches. title: name of the task for messages. classes: names of the classes, in the order of the
+    class numbers. needs: phrase for help texts that names the annotations of the data, or an empty string for a task
+    that `unmask finetune` does not offer; it must be a literal, because it is read without importing the file. recipe:
+    the task's recipe, or the first word of the names of its recipes. recipe_depends_on: the properties by which one of
+    several recipes is chosen.
     """
 
     annotation: ClassVar[Annotation]

@@ -56,7 +56,7 @@ def test_round_trip_is_exact_in_every_dtype(run):
     assert (run.checkpoints / "LATEST").read_text() == "step-00000007\n"
 
 
-def test_run_without_checkpoints_loads_none(run):
+def test_loading_a_run_without_checkpoints_returns_none(run):
     assert load_latest(run) is None
     with pytest.raises(CheckpointError, match=r"no checkpoint yet.*unmask resume"):
         load_model(run)

@@ -1,4 +1,4 @@
-"""A run that is killed with kill -9 and resumed with the real commands is bit-identical to an uninterrupted one."""
+"""A run that is killed with kill -9 and resumed with the real commands is bit-identical to an uninterrupted run."""
 
 import json
 import os

@@ -84,7 +84,8 @@ def test_mae_large_saves_a_factor_of_3_29_and_a_decoder_token_costs_9_percent():
     assert round(found["ratios"]["blocks"], 2) == 3.29
     assert round(found["ratios"]["decoder_per_token"], 2) == 0.09
     assert round(found["ratios"]["encoder"], 1) == 4.1
-    # 3.23 if all patches are embedded and predicted; here only visible ones are embedded and hidden ones predicted.
+    # The factor is 3.23 if all patches are embedded and predicted. unmask embeds visible patches and predicts hidden
+    # patches only.
     assert found["ratios"]["everything"] == pytest.approx(3.26, abs=0.006)
     assert found["flops"]["training_with_idle_work"] / found["flops"]["training"] == pytest.approx(1.0116, abs=1e-4)
     assert found["parameters"]["all"] == pytest.approx(329.54e6, rel=1e-4)

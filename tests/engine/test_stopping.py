@@ -462,7 +462,8 @@ def test_second_ctrl_c_ends_at_once_and_names_the_checkpoint(images, tmp_path):
     _, said = process.communicate(timeout=60)
     assert "Traceback" not in said
     assert "Ctrl-C again ends at once: the checkpoint of step" in said
-    # 75 if the report had been written, -SIGINT if Python was shutting down (shells show 130)
+    # The exit code is 75 if the report had been written, and -SIGINT (shown as 130 by shells) if Python was shutting
+    # down.
     assert process.returncode in (75, 130, -signal.SIGINT), said
     if process.returncode == 130:  # the process ended in the training loop or while writing the report
         kept = f"ended at once; the checkpoint of step {Run(run).read('status.json')['step']}"

@@ -145,7 +145,7 @@ def test_rollback_returns_to_the_checkpoint_and_skips_data(tmp_path):
 
 
 def poisoned(numbers, stop_after=None):
-    """Context manager in which these steps have a NaN gradient when they are first done.
+    """Context manager in which the steps `numbers` have a NaN gradient when they are first done.
 
     SIGTERM is sent after step `stop_after`.
     """

@@ -125,7 +125,7 @@ def test_initial_head_is_small_only_on_pre_trained_weights(pretrained, recipe):
 
 @pytest.mark.parametrize(("size", "share"), [(224, 0.875), (384, 1.0), (448, 1.0)])
 def test_evaluation_crop_follows_maes_protocol_at_every_size(size, share):
-    """As in MAE's util/datasets.py: the central 224 of 256 for sizes up to 224, the whole square for larger ones."""
+    """MAE's util/datasets.py uses the central 224 of 256 pixels for sizes up to 224, else the whole square."""
     tuned = find("finetune_base").model_copy(update={"recipe": "finetune_base"})
     asked = [f"data.size={size}", "method.encoder.patch=16"]
     assert resolve.resolve_config(tuned, asked).data.crop.eval_share == share

@@ -47,7 +47,7 @@ class FinetuneRequest(Request):
     _: KW_ONLY
     exclude: Exclude = ()
     task: Annotated[
-        str | None, Option("Task to train.", metavar="TASK", default="that of --recipe, or classify", choices=tasks)
+        str | None, Option("Task to train.", metavar="TASK", default="the task of --recipe, or classify", choices=tasks)
     ] = None
     test: TestData = None
     annotations: Annotated[

@@ -12,7 +12,7 @@ FOLLOWS = "*"
 
 @dataclass(frozen=True)
 class RecipesRequest(Request):
-    """List the recipes, or all settings of one."""
+    """List the recipes, or all settings of one recipe."""
 
     name: Annotated[str | None, Option("Show all settings of this recipe.", metavar="NAME")] = None
 

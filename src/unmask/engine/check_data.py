@@ -42,7 +42,7 @@ def check_data(
 ) -> tuple[int, dict[str, Any]]:
     """Scan images, forecast their training and print both; return (exit code, summary).
 
-    All files are read, even those in the scan cache. A later `unmask pretrain` finds them in the cache and need not
+    All files are read, even files in the scan cache. A later `unmask pretrain` finds them in the cache and need not
     read them again.
 
     sample: number of files to read (None: all). workers: number of processes that read files (0 or None: chosen by the
@@ -128,7 +128,7 @@ def print_scan(found: Scan, source: Source, console: Console) -> None:
     if not is_plain(found):
         print_table([vars(kind) for kind in file_kinds(found)], console)
     if found.dtype_majority == "uint16" and "uint8" in found.dtypes:
-        console.print("8-bit images among 16-bit ones have their values multiplied by 257")
+        console.print("values of 8-bit images are multiplied by 257, because other images have 16 bits")
     console.print(
         "mean "
         + ", ".join(f"{value:.4g}" for value in found.mean)

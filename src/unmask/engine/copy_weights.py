@@ -32,7 +32,7 @@ def require_fit(method: nn.Module, weights: Mapping[str, Tensor], what: str) -> 
     if faults:
         raise CheckpointError(
             f"{what} does not fit the method in its config.json: {listed(faults, between='; ')}; restore config.json "
-            "or the checkpoint if one of them was changed or copied from another run"
+            "or the checkpoint if either file was changed or copied from another run"
         )
 
 

@@ -32,7 +32,7 @@ def file_of(run: Run, role: str) -> Path:
 
 
 def write_record(run: Run, source: Source, role: str = DATA) -> None:
-    """Write the record of the files of `source`. Raises RunError if it cannot be written."""
+    """Write the record of the files of `source`. Raises RunError if the record cannot be written."""
     path = file_of(run, role)
     try:
         record_of(source).write(path)
@@ -62,7 +62,7 @@ def rows_now(run: Run, rows: Sequence[int], source: Source) -> tuple[int, ...]:
 
 
 def compare(run: Run, plan: Plan, source: Source, console: Console) -> Difference:
-    """Return how the training images differ from those at the start of the run; set `source.digests`.
+    """Return how the training images differ from the images at the start of the run.
 
     Only files with a different modification time are read. If their content is unchanged, the new times are recorded.
     """

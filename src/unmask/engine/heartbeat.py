@@ -1,4 +1,4 @@
-"""Record that the training loop is alive, so that `Run.status()` can distinguish a slow run from a dead one."""
+"""Record that the training loop is alive, so that `Run.status()` can distinguish a slow run from a dead run."""
 
 from __future__ import annotations
 

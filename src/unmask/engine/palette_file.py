@@ -70,7 +70,7 @@ def make_palette(data: str, *, colours: int, size: int, out: Path, console: Cons
         f"{colours} colours from {len(images)} images of {size} x {size} pixels; {used} of them are used. Mean square "
         f"error per channel {error:.4g}, in the files' units."
     )
-    side = size * math.ceil(math.ceil(colours**0.5) / size)  # of each panel, with at least one pixel per colour
+    side = size * math.ceil(math.ceil(colours**0.5) / size)  # side of a panel, with a pixel for each colour
     panels = {
         "original": F.interpolate(images[:DRAWN], (side, side)),
         f"in {colours} colours": F.interpolate(quantised[:DRAWN], (side, side)),

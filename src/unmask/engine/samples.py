@@ -54,7 +54,7 @@ def evenly_spaced(rows: np.ndarray, count: int) -> np.ndarray:
 
 
 def fixed_images(images: ImageReader, plan: Plan, rows: np.ndarray) -> Batch:
-    """Load images without augmentation onto the device of `plan`, without those that are unreadable.
+    """Load images without augmentation onto the device of `plan`. Unreadable images are left out.
 
     Raises TrainingFailed if none can be read.
     """
@@ -70,7 +70,7 @@ def fixed_images(images: ImageReader, plan: Plan, rows: np.ndarray) -> Batch:
 
 @torch.no_grad()
 def draw_and_score(job: Job, samples: Samples, at: Position, stop: StopRequest) -> None:
-    """Draw a picture of the method's predictions, and record its loss and those of baselines on the same images.
+    """Draw a picture of the method's predictions, and record the losses of the method and of baselines on these images.
 
     evals/baselines.json is a `BaselineLosses`, with one (step, loss) pair per call. Raises StopRequested before
     anything is written.
@@ -106,7 +106,10 @@ def draw_and_score(job: Job, samples: Samples, at: Position, stop: StopRequest) 
 
 
 def read_baselines(run: Run) -> BaselineLosses:
-    """Return the losses so far. Raises UserError if the file is missing, damaged or of another kind."""
+    """Return the losses that have been recorded so far.
+
+    Raises UserError if the file is missing, damaged or another kind of result.
+    """
     record = from_json(run.read(BASELINES))
     if not isinstance(record, BaselineLosses):
         raise UserError(f"got another kind of result in {run.path / BASELINES}; expected losses of baselines")

@@ -54,7 +54,7 @@ class TrainingRequest:
 
 
 def scan_source(source: Source, draft: Config, console: Console) -> tuple[Source, Scan]:
-    """Scan as many files as the settings require. Raises DataError if too many cannot be read.
+    """Scan as many files as the settings require. Raises DataError if too many files cannot be read.
 
     Returns the source, decoded as it was in the scan, and the scan.
     """

@@ -20,7 +20,7 @@ def finetuning_recipes() -> list[str]:
 
 
 def task_for(task: str | None, recipe: str) -> str:
-    """Return the task of a fine-tuning: that of the recipe, or classify for the recipe "auto".
+    """Return the task of a fine-tuning: the task of the recipe, or classify for the recipe "auto".
 
     task: the requested task, or None. Raises ConfigError if the task is unknown, or does not fit the recipe.
     """

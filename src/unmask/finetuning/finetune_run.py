@@ -5,7 +5,7 @@ training. The result, `evals/fine-tuned.json`, is the score of the last weights.
 stored too: papers report it, but it is optimistic, because it was chosen on the test images. If there is a moving
 average of the weights, its last score is stored as well.
 
-The training settings are a recipe (`recipes/fine_tuning.py`). The encoder, image size and normalisation are those of
+The training settings are a recipe (`recipes/fine_tuning.py`). The encoder, image size and normalisation are copied from
 the run (`configure.py`). Annotations are opened by `annotated.py`. `unmask ablate fig9` uses its own plain recipe.
 """
 

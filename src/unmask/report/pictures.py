@@ -126,7 +126,10 @@ def _about_channels(panels: Mapping[str, Tensor]) -> list[str]:
 
 
 def cell_size(height: int, width: int) -> tuple[int, int]:
-    """Return (height, width) of a drawn image: small ones enlarged by a whole factor, large ones reduced."""
+    """Return (height, width) of a drawn image.
+
+    Small images are enlarged by a whole factor, large images are reduced.
+    """
     longer = max(height, width)
     if longer > LARGEST_CELL:
         return max(1, round(height * LARGEST_CELL / longer)), max(1, round(width * LARGEST_CELL / longer))
@@ -161,7 +164,7 @@ def to_rgb(panels: Mapping[str, Tensor], dtype: str, valid: Tensor | None = None
 
 
 def _stretch(original: np.ndarray, dtype: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return (value that becomes black, value that becomes white minus this), each (C,) float64."""
+    """Return (black point, white point minus black point) of each channel, both (C,) float64."""
     channels = original.shape[1]
     low, high = np.zeros(channels), np.full(channels, 255.0)
     if dtype != "uint8":

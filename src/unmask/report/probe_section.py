@@ -86,7 +86,7 @@ def _score_row(row: FeatureScore, metric: str, width: float, *, best: bool) -> S
 
 
 def how_measured(row: FeatureScore) -> str:
-    """Describe layer and masks of features, such as 'layer 6 of 12, under one mask'; "" for the usual ones."""
+    """Describe layer and masks of features if unusual, such as 'layer 6 of 12, under one mask', or return ""."""
     words = [] if row.layer is None else [f"layer {row.layer.number} of {row.layer.last}"]
     if row.votes is not None:
         words.append("under one mask" if row.votes == 1 else f"majority over {row.votes} masks")

@@ -221,7 +221,7 @@ def loss_note(trained: Sequence[Row], baselines: BaselineLosses | None) -> str:
         return text
     step, loss = baselines.losses[-1]
     text += (
-        f" Dots: loss on {baselines.images} fixed images without augmentation, the same as for the baselines; "
+        f" Dots: loss on the {baselines.images} fixed images of the baselines, without augmentation; "
         f"{loss:.3f} at step {step:,}."
     )
     if baselines.held_out_losses:

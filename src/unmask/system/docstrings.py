@@ -8,7 +8,10 @@ from pathlib import Path
 
 
 def first_line(module: str) -> str:
-    """Return the first line of a module's docstring, "" without one. module: full name; its packages are imported."""
+    """Return the first line of a module's docstring, or an empty string if it has none.
+
+    module: full name of the module, whose packages are imported.
+    """
     spec = importlib.util.find_spec(module)
     if spec is None or spec.origin is None:
         raise ModuleNotFoundError(f"got module {module}; expected a file of the package")

@@ -18,7 +18,7 @@ from pathlib import Path
 
 try:
     import fcntl
-except ImportError:  # on Windows; there, two processes that train in one folder are not detected
+except ImportError:  # on Windows, where two processes that train in one folder are not detected
     fcntl = None
 
 

@@ -1,4 +1,4 @@
-"""Names of run folders and result files, made from names of images: letters, digits and hyphens."""
+"""Make names of run folders and result files, of letters, digits and hyphens, from names of images."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ from pathlib import Path
 
 
 def plain_name(path: str) -> str:
-    """Return the last part of a path with hyphens for all other characters, but none at the ends."""
+    """Return the last part of a path, with hyphens in place of all characters except letters and digits.
+
+    The name has no hyphens at its ends.
+    """
     return "".join(letter if letter.isalnum() else "-" for letter in Path(path).name).strip("-")
 
 

@@ -1,4 +1,4 @@
-"""The shell command of this call, for records and messages. Calls from Python have none."""
+"""The shell command that this process is running, for records and messages. A call from Python has no shell command."""
 
 from __future__ import annotations
 
@@ -11,13 +11,16 @@ _current: ContextVar[str | None] = ContextVar("shell_command", default=None)
 
 
 def shell_command() -> str | None:
-    """Return the command, such as `unmask probe RUN DATA`, that can be pasted into a shell; None in a Python call."""
+    """Return the command to paste into a shell, such as `unmask probe RUN DATA`, or None in a call from Python."""
     return _current.get()
 
 
 @contextmanager
 def as_shell_command(arguments: Sequence[str]) -> Iterator[None]:
-    """Context manager of a call from the command line. arguments: the words after `unmask`."""
+    """Context manager that sets the shell command during a call from the command line.
+
+    arguments: the words after `unmask`.
+    """
     before = _current.set(shlex.join(["unmask", *arguments]))
     try:
         yield
