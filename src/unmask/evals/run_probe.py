@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 
@@ -66,8 +66,10 @@ from unmask.results import (
     UNLABELLED,
     CurveResult,
     FeatureScore,
+    ImageSet,
     OtherRun,
     ProbeResult,
+    TargetTable,
     TestIdentity,
 )
 from unmask.run import Run
@@ -289,6 +291,36 @@ class TestPredictions:
     shared: int
 
 
+class MeasuredRun(TypedDict):
+    """The fields of `FeatureMeasurement` that record the run and the options."""
+
+    seed: int
+    step: int
+    layer: str | None
+    mask_votes: int | None
+    precision: str
+    command: str | None
+    against: tuple[OtherRun, ...]
+
+
+class MeasuredImages(MeasuredRun):
+    """The fields of `FeatureMeasurement` that a probe and a label-budget curve fill alike."""
+
+    kind: str
+    title: str
+    data: ImageSet
+    test: TestIdentity
+    targets: TargetTable | None
+    task: str
+    metric: str
+    names: tuple[str, ...]
+    train_images: int
+    test_images: int
+    chance: float | None
+    shared: int
+    caveats: tuple[str, ...]
+
+
 def make_result(
     job: ProbeJob,
     kind: str,
@@ -301,57 +333,57 @@ def make_result(
     draws, test_y, shared = predicted.draws, predicted.test_y, predicted.shared
     labelling, options = images.labelling, job.options
     require_defined(test_y, labelling)
-    about: dict[str, Any] = _about(job, images) | {
-        "kind": kind,
-        "title": probe.title,
-        "task": labelling.task,
-        "metric": METRICS[labelling.task],
-        "names": labelling.names,
-        "train_images": max(len(draw.train_y) for draw in draws),
-        "test_images": len(test_y),
-        "chance": chance_of(draws[0].train_y, test_y, labelling),
-        "shared": shared,
-    }
-    about["caveats"] = (
-        *caveats_of(draws[0].train_y, test_y, labelling, shared),
-        *_caveat_of_finetuning(job.loaded),
+    measured = MeasuredImages(
+        **_measured_run(job),
+        kind=kind,
+        title=probe.title,
+        data=image_set(str(options.data), images.train, options.exclude),
+        test=identity_of_test(options, images.test),
+        targets=images.table,
+        task=labelling.task,
+        metric=METRICS[labelling.task],
+        names=labelling.names,
+        train_images=max(len(draw.train_y) for draw in draws),
+        test_images=len(test_y),
+        chance=chance_of(draws[0].train_y, test_y, labelling),
+        shared=shared,
+        caveats=(*caveats_of(draws[0].train_y, test_y, labelling, shared), *_caveat_of_finetuning(job.loaded)),
     )
     if options.is_curve:
         rows = curve_rows(draws, test_y)
-        about["rows"] = tuple(describe_view(sets, row) for row in rows)
-        about["differences"] = curve_differences(rows, list(job.others))
-        shots = tuple(number for number in options.budgets if number is not None)
-        curve = CurveResult(interval=INTERVAL, shots=shots, draws=options.num_draws, **about)
+        curve = CurveResult(
+            **measured,
+            interval=INTERVAL,
+            shots=tuple(number for number in options.budgets if number is not None),
+            draws=options.num_draws,
+            rows=tuple(describe_view(sets, row) for row in rows),
+            differences=curve_differences(rows, list(job.others)),
+        )
         return replace(curve, verdict=curve_verdict(curve), protocol=protocol(curve, probe.protocol(labelling.task)))
     scored = [score(each, test_y, labelling) for each in draws[0].predictions]
-    about["rows"] = tuple(describe_view(sets, each.score) for each in scored)
-    about["differences"] = differences(scored, list(job.others))
-    result = ProbeResult(interval=INTERVALS[labelling.task], shots=options.budgets[0], **about)
+    result = ProbeResult(
+        **measured,
+        interval=INTERVALS[labelling.task],
+        shots=options.budgets[0],
+        rows=tuple(describe_view(sets, each.score) for each in scored),
+        differences=differences(scored, list(job.others)),
+    )
     return replace(
         result, verdict=verdict(result, probe.phrase), protocol=protocol(result, probe.protocol(labelling.task))
     )
 
 
-def _about(job: ProbeJob, images: LabelledImages) -> dict[str, Any]:
-    """Return the fields of a result that record the data and options."""
-    return _about_run(job) | {
-        "data": image_set(str(job.options.data), images.train, job.options.exclude),
-        "test": identity_of_test(job.options, images.test),
-        "targets": images.table,
-    }
-
-
-def _about_run(job: ProbeJob) -> dict[str, Any]:
+def _measured_run(job: ProbeJob) -> MeasuredRun:
     others = zip(job.others.items(), job.options.other_runs, strict=True)
-    return {
-        "seed": job.options.seed,
-        "step": job.loaded.step,
-        "layer": job.options.layer,
-        "mask_votes": job.options.mask_votes,
-        "precision": eval_precision(job.loaded),
-        "command": shell_command(),
-        "against": tuple(OtherRun(name=name, run=str(path), step=other.step) for (name, other), path in others),
-    }
+    return MeasuredRun(
+        seed=job.options.seed,
+        step=job.loaded.step,
+        layer=job.options.layer,
+        mask_votes=job.options.mask_votes,
+        precision=eval_precision(job.loaded),
+        command=shell_command(),
+        against=tuple(OtherRun(name=name, run=str(path), step=other.step) for (name, other), path in others),
+    )
 
 
 def _caveat_of_finetuning(loaded: Loaded) -> Iterable[str]:
@@ -386,7 +418,7 @@ def measure_without_labels(job: ProbeJob, kinds: Mapping[str, LabelFreeMeasure])
             test_images=len(tables[PRETRAINED]),
             rows=tuple(describe_view(sets, row) for row in scores),
             caveats=tuple(_caveat_of_finetuning(job.loaded)),
-            **_about_run(job),
+            **_measured_run(job),
         )
         limit = min(tables[PRETRAINED].mean.shape)
         results[kind] = replace(
