@@ -142,7 +142,7 @@ class DataConfig(Settings):
         """How to decode image files, with "auto" for options that are not set."""
         return Reading(alpha=self.alpha, pages=self.pages, axes=self.axes, nodata=self.nodata)
 
-    def as_settled(self, reading: Reading) -> dict[str, str]:
+    def decided_settings(self, reading: Reading) -> dict[str, str]:
         """Return settings that decode other images as a run did, with the run's decisions in place of "auto"."""
         settings: dict[str, str] = {}
         if self.alpha == "auto" and reading.tagged != "auto":

@@ -8,7 +8,7 @@ from PIL import Image
 
 from unmask.batch import Batch, ImageSpec
 from unmask.config import ConfigError
-from unmask.data.augment import CropConfig, cut, cut_later, room_for
+from unmask.data.augment import CropConfig, cut, cut_later, part_size
 from unmask.data.device_crops import resample, to_device, weights
 from unmask.data.image_reader import ImageReader
 from unmask.data.loader import training_batches
@@ -24,7 +24,7 @@ def picture(height: int, width: int, channels: int) -> np.ndarray:
 
 
 def later(image: np.ndarray, box: tuple[float, ...], target: tuple[int, int], flip: bool) -> np.ndarray:
-    out, crop = np.full((*room_for(target), image.shape[2]), 77, np.uint8), np.empty(7, np.float32)
+    out, crop = np.full((*part_size(target), image.shape[2]), 77, np.uint8), np.empty(7, np.float32)
     cut_later(image, np.array(box), target, flip, out, crop)
     images = torch.from_numpy(out).permute(2, 0, 1)[None]
     return resample(images, torch.from_numpy(crop)[None], target)[0].permute(1, 2, 0).numpy()

@@ -243,6 +243,15 @@ def test_schedule_is_linear_warm_up_then_half_a_cosine():
     assert last.lr(100) == pytest.approx(0.1 * last.peak_lr)
 
 
+def test_digest_of_annotations_has_its_earlier_name_in_the_file():
+    later = planned("train.steps=40").model_copy(update={"annotations_digest": "cafe"})
+    plan = later.model_copy(update={"annotations_digest": "abcd", "earlier": later})
+    tree = plan.model_dump(mode="json")
+    assert (tree["taught"], tree["earlier"]["taught"]) == ("abcd", "cafe")
+    assert "annotations_digest" not in tree
+    assert Plan.model_validate(tree) == plan
+
+
 def test_plan_has_reasons_and_round_trips_through_json():
     found = planned("train.steps=40", excluded=(3, 5), reasons=("because",))
     assert Plan.model_validate(json.loads(found.model_dump_json())) == found

@@ -11,7 +11,7 @@ from unmask.config import Config, ConfigError, parse
 from unmask.data.sources.source import Source
 from unmask.engine import resolve
 from unmask.engine.load import read_config, read_plan
-from unmask.engine.recipe_costs import promised_tokenizer
+from unmask.engine.recipe_costs import stand_in_tokenizer
 from unmask.finetuning import configure
 from unmask.recipes import catalogue
 from unmask.run import Run
@@ -141,7 +141,7 @@ def draft_settings(table: Table, cell: Cell, request: TableRequest) -> list[str]
         return resolve.settings_with_options(
             None, recipe, settings, tokenizer=request.tokenizer, palette=None, masks=None
         )
-    return [*promised_tokenizer(recipe, settings, tokenizer_recipe(table, request)[0])[1], *settings]
+    return [*stand_in_tokenizer(recipe, settings, tokenizer_recipe(table, request)[0])[1], *settings]
 
 
 def draft_config(table: Table, cell: Cell, request: TableRequest, source: Source | None = None) -> Config:

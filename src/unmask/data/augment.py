@@ -334,7 +334,7 @@ def _within_reach(image: np.ndarray, box: Corners, target: tuple[int, int]) -> t
     return part, (top - y, left - x, height, width)
 
 
-def room_for(target: tuple[int, int]) -> tuple[int, int]:
+def part_size(target: tuple[int, int]) -> tuple[int, int]:
     """Return the maximum size (H, W) of the image parts that `cut_later` writes."""
     return 2 * target[0] + 16, 2 * target[1] + 16
 
@@ -350,7 +350,7 @@ def cut_later(
 ) -> None:
     """Prepare a crop of an 8-bit gray or RGB image for `device_crops.resample`, which does the rest of `cut`.
 
-    Writes the pixels that the crop needs to `out` (H, W, C), whose size is `room_for(target)`, and the position of the
+    Writes the pixels that the crop needs to `out` (H, W, C), whose size is `part_size(target)`, and the position of the
     box in them to `crop` (7,), a row of the argument `crops` of `resample`. A part that does not fit in `out` is
     resampled here; then `resample` only flips it.
     """

@@ -145,8 +145,8 @@ class ImageReader:
         index, bad, more = taken.index.copy(), [], []
         # Channels last, like decoded images and patch vectors: transposing a batch would take 5 % of the loading time.
         later = self.training and self.on_device
-        room = augment.room_for(self.spec.size) if later else self.spec.size
-        out = np.empty((len(index), *room, self.spec.channels), self.spec.dtype)
+        size = augment.part_size(self.spec.size) if later else self.spec.size
+        out = np.empty((len(index), *size, self.spec.channels), self.spec.dtype)
         crops = np.empty((len(index), 7), np.float32) if later else None
         for place, (image, box, flip) in enumerate(self._samples(taken)):
             row, crop = int(index[place]), None if crops is None else crops[place]

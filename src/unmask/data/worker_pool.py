@@ -131,7 +131,7 @@ class _Parts:
         self.requests, self.pin = requests, pin
         self.workers: list[WorkerProcess] = []
         self.ready: queue.Queue[Any] = queue.Queue(READY)
-        self.room = threading.Semaphore(0)
+        self.slots = threading.Semaphore(0)
         self.ending = threading.Event()
         self.owner = os.getpid()
         self.sent, self.received, self.complete = 0, 0, False
@@ -143,7 +143,7 @@ class _Parts:
         stacks = Descriptor(self.stacks.fileno())
         for number in range(workers):
             self.workers.append(WorkerProcess(maker, caught, number, stacks))
-        self.room = threading.Semaphore(AHEAD * workers)
+        self.slots = threading.Semaphore(AHEAD * workers)
         for run in (self._send, self._receive):
             self.threads.append(threading.Thread(target=run, daemon=True, name=f"unmask {run.__name__[1:]} batches"))
             self.threads[-1].start()
@@ -151,7 +151,7 @@ class _Parts:
     def _send(self) -> None:
         try:
             for request in self.requests:
-                self.room.acquire()
+                self.slots.acquire()
                 if self.ending.is_set():
                     return
                 self.workers[self.sent % len(self.workers)].pipe.send(request)
@@ -184,7 +184,7 @@ class _Parts:
                 item = _Raised(error)
             with self.progress:
                 self.received += 1
-            self.room.release()
+            self.slots.release()
             self._hand_over(item)
             if isinstance(item, _Raised):
                 return
@@ -233,7 +233,7 @@ class _Parts:
         with self.progress:
             self.progress.notify()
         for _ in range(AHEAD * len(self.workers) + 1):
-            self.room.release()
+            self.slots.release()
         for thread in self.threads:
             if thread is not threading.current_thread():
                 thread.join(GRACE)

@@ -139,6 +139,6 @@ class Outbox:
             self.pipe.send_bytes(content.data)
 
 
-def _lay(packer: _Packer, room: np.ndarray) -> None:
+def _lay(packer: _Packer, buffer: np.ndarray) -> None:
     for layout, content in packer.tensors:
-        room[layout.offset : layout.offset + layout.nbytes] = content
+        buffer[layout.offset : layout.offset + layout.nbytes] = content

@@ -78,13 +78,13 @@ def dense_size(config: Config, median: Size, most: Size) -> Size:
 def consequence(median: Size, size: Size, patch: Size | None) -> str:
     """Describe the effect of resampling images of `median` (H, W) pixels to `size`, in one sentence."""
     factor = math.sqrt(median[0] * median[1] / (size[0] * size[1]))
-    said = f"images of {median[0]} x {median[1]} (median) are resampled to {size[0]} x {size[1]} pixels: "
+    text = f"images of {median[0]} x {median[1]} (median) are resampled to {size[0]} x {size[1]} pixels: "
     if factor > STRETCH:
-        said += f"{factor:.1f} times smaller, so detail finer than about {math.ceil(factor)} pixels is lost"
+        text += f"{factor:.1f} times smaller, so detail finer than about {math.ceil(factor)} pixels is lost"
     elif factor < 1 / STRETCH:
-        said += f"{1 / factor:.1f} times larger, which adds no detail"
+        text += f"{1 / factor:.1f} times larger, which adds no detail"
     else:
-        said += "about their own size"
+        text += "about their own size"
     if patch is not None:
-        said += f"; {size[0] // patch[0]} x {size[1] // patch[1]} patches of {patch[0]} x {patch[1]}"
-    return said + "; --set data.size=[H,W] sets another size"
+        text += f"; {size[0] // patch[0]} x {size[1] // patch[1]} patches of {patch[0]} x {patch[1]}"
+    return text + "; --set data.size=[H,W] sets another size"

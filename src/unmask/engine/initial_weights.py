@@ -55,7 +55,7 @@ def continued(from_run: str | Path, recipe: str) -> Config:
         )
     part = "" if whole else "encoder."
     data: dict[str, Any] = {"size": spec.size, "channels": spec.channels, "mean": spec.mean, "std": spec.std}
-    data |= config.data.as_settled(read_plan(run).reading)
+    data |= config.data.decided_settings(read_plan(run).reading)
     taken = Graft(run=str(run.path.absolute()), source=part, target=part, step=step)
     return config.model_copy(update={"data": config.data.model_copy(update=data), "graft": (taken,)})
 
@@ -63,8 +63,8 @@ def continued(from_run: str | Path, recipe: str) -> Config:
 def licence(config: Config) -> dict[str, str]:
     """Return the licence of the initial weights as an entry for provenance.json, or {} if no licence is known."""
     runs = [Run(entry.run) for entry in config.graft if not entry.target.startswith(TOKENIZER)]
-    said = dict.fromkeys(words for run in runs if (words := licence_of(run)))
-    return {"licence": "; ".join(said)} if said else {}
+    licences = dict.fromkeys(words for run in runs if (words := licence_of(run)))
+    return {"licence": "; ".join(licences)} if licences else {}
 
 
 def require_size(config: Config) -> None:

@@ -86,13 +86,13 @@ def choose_micro_batch(config: Config, bytes_per_image: int, device: str) -> tup
     require_micro_batch(config)
     if (wanted := config.train.micro_batch) is not None:
         return wanted, f"micro-batch {wanted}: the setting train.micro_batch"
-    room = int(free_memory(device) * MEMORY_SHARE)
-    most = max(1, room // max(1, bytes_per_image))
+    usable = int(free_memory(device) * MEMORY_SHARE)
+    most = max(1, usable // max(1, bytes_per_image))
     micro = max((d for d in range(repeats, batch + 1, repeats) if batch % d == 0 and d <= most), default=repeats)
     need = f"{bytes_per_image / 2**20:.1f} MiB of activations per image"
     if micro == batch:
-        return micro, f"the whole batch of {batch} in one pass: {need}, {room / 2**30:.1f} GiB usable"
-    return micro, f"micro-batches of {micro}, {batch // micro} per step: {need}, {room / 2**30:.1f} GiB usable"
+        return micro, f"the whole batch of {batch} in one pass: {need}, {usable / 2**30:.1f} GiB usable"
+    return micro, f"micro-batches of {micro}, {batch // micro} per step: {need}, {usable / 2**30:.1f} GiB usable"
 
 
 def choose_steps(

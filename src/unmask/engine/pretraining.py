@@ -125,7 +125,7 @@ def start_run(request: TrainingRequest, *, out: str | Path | None, console: Cons
     images, plan = prepare_images(request)
     if split is not None:
         tested = () if split.test_rows is None else tuple(np.setdiff1d(split.test_rows, found.bad_rows).tolist())
-        plan = plan.model_copy(update={"test_rows": tested, "taught": split.taught})
+        plan = plan.model_copy(update={"test_rows": tested, "annotations_digest": split.annotations_digest})
     if plan.cached:
         images.keep_decoded()
     if plan.workers:

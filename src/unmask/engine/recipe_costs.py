@@ -28,8 +28,8 @@ IMAGENET = 1_281_167
 
 def recipe_costs(recipe: str, *, settings: Sequence[str] = (), gpus: int | None = None) -> dict[str, Any]:
     """Return the costs as the object that --json prints. Raises ConfigError for invalid settings."""
-    tokenizer, promised = promised_tokenizer(recipe, settings)
-    config = draft_config(None, recipe, [*promised, *settings], None)
+    tokenizer, stand_in = stand_in_tokenizer(recipe, settings)
+    config = draft_config(None, recipe, [*stand_in, *settings], None)
     batches = schedule(config, gpus)
     images = typical_images(config)
     method = build_unallocated(config, images)
@@ -50,14 +50,14 @@ def recipe_costs(recipe: str, *, settings: Sequence[str] = (), gpus: int | None 
             "rest": flops.rest,
             "forward": flops.forward,
             "training": flops.training,
-            **with_idle_work(method, flops),
+            **redundant_compute(method, flops),
         },
         "ratios": ratios(config, method, flops),
         **batches,
     }
 
 
-def promised_tokenizer(recipe: str, settings: Sequence[str], dvae: str | None = None) -> tuple[str | None, list[str]]:
+def stand_in_tokenizer(recipe: str, settings: Sequence[str], dvae: str | None = None) -> tuple[str | None, list[str]]:
     """Return (recipe of a dVAE, settings as KEY=VALUE) as a stand-in for the tokenizer of a method that predicts codes.
 
     The settings describe the tokenizer's network, without weights. The result is (None, []) for methods without a
@@ -69,16 +69,16 @@ def promised_tokenizer(recipe: str, settings: Sequence[str], dvae: str | None = 
         return None, []
     name = dvae or ("dvae_dalle" if min(method.encoder.patch) >= 14 else "dvae_nano")
     network = catalogue.find(name).method.model_dump(mode="json")["encoder"]
-    promise = {"run": name, "source": initial_weights.DVAE, "target": initial_weights.TOKENIZER}
-    return name, [f"method.tokenizer={json.dumps(network)}", f"graft={json.dumps([promise])}"]
+    stand_in = {"run": name, "source": initial_weights.DVAE, "target": initial_weights.TOKENIZER}
+    return name, [f"method.tokenizer={json.dumps(network)}", f"graft={json.dumps([stand_in])}"]
 
 
-def with_idle_work(method: Method, flops: Flops) -> dict[str, int]:
+def redundant_compute(method: Method, flops: Flops) -> dict[str, int]:
     """Return FLOPs per image including the redundant compute of MAE's published code, or {} if that code does no
     redundant compute for this method.
 
     The published code also embeds the hidden patches, and applies the decoder's last block and the prediction layer to
-    all tokens.
+    all tokens. The keys of the result end in "_idle_work" because scripts read them from `unmask plan --json`.
     """
     if not isinstance(method, MAE) or not flops.masked or method.everywhere:
         return {}
@@ -176,10 +176,10 @@ def print_costs(found: dict[str, Any], console: Console) -> None:
             more = f"  = {number / flops['forward']:.2f} x forward" if name.startswith("training") else ""
             console.print(f"  {name:29s}{_billions(number / 2):>9s} GMACs {_billions(number):>9s} GFLOPs{more}")
     if "training_with_idle_work" in flops:
-        idle = flops["training_with_idle_work"]
+        published = flops["training_with_idle_work"]
         console.print(
-            f"  training with the published code takes {_billions(idle)} GFLOPs, {idle / flops['training']:.3f} x: it "
-            "also embeds hidden patches and predicts visible patches"
+            f"  training with the published code takes {_billions(published)} GFLOPs, "
+            f"{published / flops['training']:.3f} x: it also embeds hidden patches and predicts visible patches"
         )
     if share:
         console.print(

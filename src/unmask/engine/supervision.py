@@ -53,12 +53,12 @@ class SupervisedSplit:
     """The training and test images of a supervised run.
 
     held_out: rows of the source that are excluded from training. test_rows: held-out rows used for evaluation, or None
-    if the test images are from another source. num_test: number of test images. taught: see `Plan`. supervise: makes
-    the run's `Supervision`.
+    if the test images are from another source. num_test: number of test images. annotations_digest: see `Plan`.
+    supervise: makes the run's `Supervision`.
     """
 
     held_out: np.ndarray
     test_rows: np.ndarray | None
     num_test: int
-    taught: str
+    annotations_digest: str
     supervise: Supervise

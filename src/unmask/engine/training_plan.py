@@ -8,9 +8,9 @@ plan and does not make a new one.
 from __future__ import annotations
 
 import math
-from typing import Self
+from typing import Any, Self
 
-from pydantic import model_validator
+from pydantic import SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from unmask.batch import ImageSpec
 from unmask.data.decode.reading import EARLIER, Reading
@@ -20,19 +20,23 @@ from unmask.optim import learning_rate
 from unmask.rng import Draws
 from unmask.settings import Settings
 
+STORED_NAMES = {"annotations_digest": "taught"}
+"""Fields with another name in plan.json, which stays the same so that runs of all versions can be read."""
+
 
 class Plan(Settings):
     """All derived values of a run.
 
     fingerprint: digest of the names and sizes of the files. excluded: rows of the source that are not used for
     training. test_rows: excluded rows on which a supervised run is evaluated. held_out: excluded rows for the held-out
-    loss of a pre-training run. test_every: steps between evaluations; 0 evaluates only at the end. taught: digest of
-    the segmentation masks or boxes used for training, and of the test images. reading: how to decode image files.
-    budget: seconds for the whole command, or None if there is no time budget. startup: seconds of the budget that were
-    used before the run began. replans: changes of `steps` during training, which a resumed run repeats. steps: the
-    current number of steps; warmup_steps, picture_every and test_every refer to the original number. reasons: sentences
-    that explain the choices. earlier: the plan that applies before step `since`, at which `unmask set` changed the
-    schedule. From this step on, the learning rate changes linearly, over `ramp` steps, from `from_lr` to the new curve.
+    loss of a pre-training run. test_every: steps between evaluations; 0 evaluates only at the end. annotations_digest:
+    digest of the segmentation masks or boxes used for training, and of the test images. reading: how to decode image
+    files. budget: seconds for the whole command, or None if there is no time budget. startup: seconds of the budget
+    that were used before the run began. replans: changes of `steps` during training, which a resumed run repeats.
+    steps: the current number of steps; warmup_steps, picture_every and test_every refer to the original number.
+    reasons: sentences that explain the choices. earlier: the plan that applies before step `since`, at which `unmask
+    set` changed the schedule. From this step on, the learning rate changes linearly, over `ramp` steps, from `from_lr`
+    to the new curve.
     """
 
     steps: int
@@ -50,7 +54,7 @@ class Plan(Settings):
     test_rows: tuple[int, ...] = ()
     held_out: tuple[int, ...] = ()
     test_every: int = 0
-    taught: str = ""
+    annotations_digest: str = ""
     precision: str
     device: str
     workers: int
@@ -67,6 +71,16 @@ class Plan(Settings):
     since: int = 0
     ramp: int = 0
     from_lr: float = 0.0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_stored_names(cls, tree: Any) -> Any:
+        names = {stored: name for name, stored in STORED_NAMES.items()}
+        return {names.get(key, key): value for key, value in tree.items()} if isinstance(tree, dict) else tree
+
+    @model_serializer(mode="wrap")
+    def _write_stored_names(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {STORED_NAMES.get(key, key): value for key, value in serialize(self).items()}
 
     @model_validator(mode="after")
     def _replans_in_order(self) -> Self:

@@ -94,7 +94,7 @@ def config_from_run(run: Run, classes: Sequence[str], recipe: str = PLAIN, *, fr
     plan = read_plan(run)
     config, spec = finetuning_config(read_config(run), classes, recipe), plan.images
     data: dict[str, Any] = {"size": spec.size, "channels": spec.channels, "mean": spec.mean, "std": spec.std}
-    data |= config.data.as_settled(plan.reading)
+    data |= config.data.decided_settings(plan.reading)
     if config.data.pages == "samples":  # labels belong to files, not to pages of files
         data["pages"] = "first"
     none = dict.fromkeys(("test", "annotations", "test_annotations", "test_split"))

@@ -202,7 +202,7 @@ def finetune(
         held_out=np.setdiff1d(np.arange(len(source)), examples.train),
         test_rows=examples.held_out if examples.test is None else None,
         num_test=examples.num_test,
-        taught=examples.digest(),
+        annotations_digest=examples.digest(),
         supervise=partial(supervise, console=console),
     )
     reasons = (why, origin, *reasons_for(examples, data, options, console))
@@ -375,7 +375,7 @@ def supervise(run: Run, config: Config, plan: Plan, source: Source, *, console: 
         digest(annotated, used, labels=labels) + ("" if config.data.test is None else test_set.digest(labels=labels))
         for labels in (True, False)  # digests of earlier versions did not include the class labels
     ]
-    if plan.taught and plan.taught not in known:
+    if plan.annotations_digest and plan.annotations_digest not in known:
         raise training_data.DataError(
             f"the labels, masks or boxes of {source.name}, or the test images, have changed since this run began, so "
             "it cannot continue exactly; restore the old files, or start a new run"

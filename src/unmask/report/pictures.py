@@ -67,12 +67,12 @@ def compose(picture: Picture, dtype: str, title: str, names: Sequence[str] = ())
     line = TEXT_SIZE + LEADING
 
     sheet_width = max(2 * MARGIN + len(columns) * (cell_width + GAP) - GAP, NARROWEST_SHEET)
-    room = sheet_width - 2 * MARGIN
-    titles = wrap(title, heading, room)
-    numbers = wrap(in_numbers(picture.numbers), text, room) if picture.numbers else []
+    text_width = sheet_width - 2 * MARGIN
+    titles = wrap(title, heading, text_width)
+    numbers = wrap(in_numbers(picture.numbers), text, text_width) if picture.numbers else []
     captions = {name: wrap(name, text, cell_width) for name in columns}
     absent = [] if picture.valid is None else ["The checkerboard marks absent pixels, which do not count in the loss."]
-    notes = wrap(" ".join([picture.note, *_about_channels(picture.panels), *absent]), text, room)
+    notes = wrap(" ".join([picture.note, *_about_channels(picture.panels), *absent]), text, text_width)
     names = names or picture.names
     name_height = NAME_SIZE + LEADING if names else 0
 
@@ -92,7 +92,7 @@ def compose(picture: Picture, dtype: str, title: str, names: Sequence[str] = ())
             sheet.paste(cell, (left, top + row * (cell_height + GAP + name_height)))
     for row, name in enumerate(names):
         y = top + row * (cell_height + GAP + name_height) + cell_height + 2
-        pen.text((MARGIN, y), shorten(name, small, room), FAINT, small)
+        pen.text((MARGIN, y), shorten(name, small, text_width), FAINT, small)
     _write(pen, notes, x=MARGIN, y=below, ink=FAINT, font=text, step=line)
     return sheet
 
@@ -108,21 +108,21 @@ def _write(
 
 def in_numbers(numbers: Mapping[str, Tensor]) -> str:
     """Format the numbers: 'loss 0.512; baselines: patch mean 1.000, nearest visible 1.430'."""
-    said = {name.replace("_", " "): f"{name.replace('_', ' ')} {float(value):.3f}" for name, value in numbers.items()}
-    own, others = said.pop("loss", ""), ", ".join(said.values())
+    named = {name.replace("_", " "): f"{name.replace('_', ' ')} {float(value):.3f}" for name, value in numbers.items()}
+    own, others = named.pop("loss", ""), ", ".join(named.values())
     return "; ".join(part for part in (own, f"baselines: {others}" if others else "") if part)
 
 
 def _about_channels(panels: Mapping[str, Tensor]) -> list[str]:
     """Return sentences that explain how channels and non-finite values are drawn."""
-    channels, said = next(iter(panels.values())).shape[1], []
+    channels, notes = next(iter(panels.values())).shape[1], []
     if channels not in (1, 3):
         shown = "channels 1, 2 and 3 as red, green and blue" if channels > 3 else "channels 1 and 2 as red and green"
-        said.append(f"Images have {channels} channels; the picture shows {shown}.")
+        notes.append(f"Images have {channels} channels; the picture shows {shown}.")
     wrong = [name for name, panel in panels.items() if not panel.isfinite().all()]
     if wrong:
-        said.append(f"Magenta marks values that are not finite ({', '.join(wrong)}).")
-    return said
+        notes.append(f"Magenta marks values that are not finite ({', '.join(wrong)}).")
+    return notes
 
 
 def cell_size(height: int, width: int) -> tuple[int, int]:

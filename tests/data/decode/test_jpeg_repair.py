@@ -112,7 +112,7 @@ def test_damage_is_not_accepted_as_junk():
 def test_scan_counts_and_caches_tolerated_faults(tmp_path, monkeypatch):
     monkeypatch.setenv("UNMASK_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("unmask.data.scan.scan_cache.WORTH_KEEPING", 0.0)
-    monkeypatch.setattr("unmask.data.scan.scan_cache.SETTLED", -(10**18))
+    monkeypatch.setattr("unmask.data.scan.scan_cache.COARSEST_CLOCK", -(10**18))
     folder = tmp_path / "images"
     folder.mkdir()
     for number in range(6):

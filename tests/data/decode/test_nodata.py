@@ -138,7 +138,7 @@ def test_scan_cache_depends_on_the_nodata_setting(tmp_path, monkeypatch):
     folder = write(tmp_path / "terrain")
     monkeypatch.setenv("UNMASK_CACHE", str(tmp_path / "memory"))
     monkeypatch.setattr(scan_cache, "WORTH_KEEPING", -1.0)
-    monkeypatch.setattr(scan_cache, "SETTLED", -3600 * 10**9)
+    monkeypatch.setattr(scan_cache, "COARSEST_CLOCK", -3600 * 10**9)
     with_value, without = (apply_reading(open_source(str(folder)), Reading(nodata=value)) for value in (-9999, "auto"))
     first, again = scan(with_value, workers=0), scan(with_value, workers=0)
     assert (again.known, again.mean, again.absent_share) == (10, first.mean, first.absent_share)

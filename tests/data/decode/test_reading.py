@@ -319,7 +319,7 @@ def test_file_kinds_are_tabulated_unless_all_are_plain(tmp_path, capsys):
 def test_scan_cache_stores_layouts_for_each_reading(tmp_path, monkeypatch):
     monkeypatch.setenv("UNMASK_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("unmask.data.scan.scan_cache.WORTH_KEEPING", 0.0)
-    monkeypatch.setattr("unmask.data.scan.scan_cache.SETTLED", -(10**18))
+    monkeypatch.setattr("unmask.data.scan.scan_cache.COARSEST_CLOCK", -(10**18))
     folder = tmp_path / "images"
     folder.mkdir()
     for number in range(3):
@@ -392,8 +392,8 @@ def test_tifffile_warnings_about_tags_are_not_printed(tmp_path):
 
 def test_other_images_are_read_with_the_reading_of_the_run():
     auto = DataConfig()
-    assert auto.as_settled(Reading(tagged="band")) == {"alpha": "band"}
-    assert auto.as_settled(Reading(tagged="alpha", axes="HWC")) == {"alpha": "composite", "axes": "HWC"}
-    assert auto.as_settled(Reading()) == auto.as_settled(EARLIER) == {}
+    assert auto.decided_settings(Reading(tagged="band")) == {"alpha": "band"}
+    assert auto.decided_settings(Reading(tagged="alpha", axes="HWC")) == {"alpha": "composite", "axes": "HWC"}
+    assert auto.decided_settings(Reading()) == auto.decided_settings(EARLIER) == {}
     asked = DataConfig(alpha="drop", axes="CHW")
-    assert asked.as_settled(Reading(tagged="band", axes="HWC")) == {}
+    assert asked.decided_settings(Reading(tagged="band", axes="HWC")) == {}

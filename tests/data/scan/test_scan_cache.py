@@ -22,7 +22,7 @@ def memory(tmp_path, monkeypatch) -> Path:
     """Cache the results of every scan, however short, including those of recently changed files."""
     monkeypatch.setenv("UNMASK_CACHE", str(tmp_path / "memory"))
     monkeypatch.setattr(module, "WORTH_KEEPING", -1.0)
-    monkeypatch.setattr(module, "SETTLED", -3600 * 10**9)
+    monkeypatch.setattr(module, "COARSEST_CLOCK", -3600 * 10**9)
     return tmp_path / "memory"
 
 
@@ -110,7 +110,7 @@ def test_bad_files_are_decoded_in_every_scan(folder, monkeypatch):
 
 
 def test_recently_changed_file_is_not_cached(folder, monkeypatch):
-    monkeypatch.setattr(module, "SETTLED", 2 * 10**9)
+    monkeypatch.setattr(module, "COARSEST_CLOCK", 2 * 10**9)
     scan(open_source(folder))
     assert scan(open_source(folder)).known == 0
 

@@ -100,8 +100,8 @@ def ceiling(samples: Sequence[np.ndarray], size: tuple[int, int], count: int) ->
         height, width = found.shape
         small = cut_map(found, np.array([0.0, 0, height, width]), size, False)
         large = cut_map(small, np.array([0.0, 0, *size]), (height, width), False)
-        judged = (found != IGNORED) & (large != IGNORED)
-        true, seen = found[judged].astype(np.int64), large[judged].astype(np.int64)
+        labelled = (found != IGNORED) & (large != IGNORED)
+        true, seen = found[labelled].astype(np.int64), large[labelled].astype(np.int64)
         hit = np.bincount(true[true == seen], minlength=count)[:count]
         both += hit
         either += np.bincount(true, minlength=count)[:count] + np.bincount(seen, minlength=count)[:count] - hit

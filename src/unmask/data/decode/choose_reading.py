@@ -26,12 +26,12 @@ def choose_reading(source: Source, rows: Sequence[int]) -> tuple[Reading, tuple[
     if not _named(source, rows, (".tif", ".tiff", ".npy")):
         return source.reading, ()
     try:  # in a separate process, because one of these files may crash a decoder
-        return call_in_process(_settled, source, rows, memory=limits.MAX_DECODE_BYTES + SLACK, seconds=SECONDS)
+        return call_in_process(_decided, source, rows, memory=limits.MAX_DECODE_BYTES + SLACK, seconds=SECONDS)
     except (TooSlow, Crashed, MemoryError):
         return source.reading, ()  # `auto` is then decided for each file
 
 
-def _settled(source: Source, rows: Sequence[int]) -> tuple[Reading, tuple[str, ...]]:
+def _decided(source: Source, rows: Sequence[int]) -> tuple[Reading, tuple[str, ...]]:
     reading, reasons = source.reading, []
     if reading.alpha == "auto" and reading.tagged == "auto":
         reading, reason = _tagged(source, _named(source, rows, (".tif", ".tiff")), reading)

@@ -19,7 +19,7 @@ USE_OF_PAGES = {
 
 def findings(found: Scan) -> tuple[str, ...]:
     """Return a sentence, with the number of files, for each kind of file that is not read unchanged."""
-    return (*found.settled, *_alpha(found), *_pages(found), *_axes(found), *_tolerated(found), *_absent(found))
+    return (*found.decisions, *_alpha(found), *_pages(found), *_axes(found), *_tolerated(found), *_absent(found))
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def _skipped(found: Scan) -> str:
 
 
 def _axes(found: Scan) -> list[str]:
-    if any("data.axes" in sentence for sentence in found.settled):
+    if any("data.axes" in sentence for sentence in found.decisions):
         return []
     turned = sum(count for (kind, use), count in _counted(found, "axes").items() if use == "CHW")
     return [f"{_files(turned, 'NPY')}: read as (channels, H, W) (data.axes)"] if turned else []

@@ -16,7 +16,7 @@ import numpy as np
 from unmask.data.decode.bad_image import BadImage
 from unmask.data.files.npz_file import read_arrays, write_arrays
 from unmask.data.files.string_table import StringTable
-from unmask.data.scan.scan_cache import SETTLED
+from unmask.data.scan.scan_cache import COARSEST_CLOCK
 from unmask.data.sources.source import Source, content_digest
 from unmask.errors import listed
 
@@ -93,11 +93,11 @@ def record_of(source: Source) -> DatasetRecord:
     """
     unknown = np.full(len(source), -1, np.int64)
     changed = unknown if source.changed is None else source.changed
-    settled = changed < int(source.opened * 1e9) - SETTLED
+    long_ago = changed < int(source.opened * 1e9) - COARSEST_CLOCK
     return DatasetRecord(
         names=source.names,
         sizes=source.sizes,
-        changed=np.where(settled, changed, -1),
+        changed=np.where(long_ago, changed, -1),
         modified=unknown if source.modified is None else source.modified,
         digests=np.zeros(len(source), np.uint64) if source.digests is None else source.digests,
     )

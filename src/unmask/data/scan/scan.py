@@ -63,7 +63,7 @@ class Scan:
 
     layouts: number of files by format, channels as decoded, and layout.
     reading: how the files were decoded.
-    settled: a sentence about each setting of `reading` that was decided for this data set.
+    decisions: a sentence about each setting of `reading` that was decided for this data set.
     absent_share: share of absent pixels in readable files.
     absent_files: number of files with absent pixels.
     empty_files: number of files in which all pixels are absent.
@@ -87,7 +87,7 @@ class Scan:
     formats: Counter[str] = field(default_factory=Counter)
     layouts: Counter[tuple[str, int, Layout]] = field(default_factory=Counter)
     reading: Reading = field(default_factory=Reading)
-    settled: tuple[str, ...] = ()
+    decisions: tuple[str, ...] = ()
     constant: Constant | None = None
     channels_majority: int = 0
     dtype_majority: str = "uint8"
@@ -151,7 +151,7 @@ def scan(
     if sample is not None and sample < len(rows):
         rows = np.unique(np.linspace(0, len(rows) - 1, sample).astype(np.int64))
     result = Scan(source.name, files=len(source), checked=len(rows))
-    result.reading, result.settled = choose_reading(source, rows.tolist())
+    result.reading, result.decisions = choose_reading(source, rows.tolist())
     source = source.with_reading(result.reading)
     known = load_records(source)
     before = [] if known is None or ignore_cache else [known.at(np.flatnonzero(np.isin(known.rows, rows)))]

@@ -30,9 +30,8 @@ from unmask.data.sources.source import Source
 LAYOUT = 3
 WORD = np.dtype("S8")
 WORTH_KEEPING = 2.0  # Scan results that took more seconds of work than this are stored.
-SETTLED = (
-    2_000_000_000  # Nanoseconds within which a file system with a coarse clock may give two changes the same time.
-)
+COARSEST_CLOCK = 2_000_000_000
+"""Nanoseconds within which a file system with a coarse clock may give two changes the same time."""
 COLUMNS = ("sizes", "channels", "dtypes", "formats", "layouts", "valid", "sums", "squares", "digests")
 DECODERS = ("numpy", "pillow", "simplejpeg", "tifffile")
 
@@ -199,19 +198,19 @@ def load_records(source: Source) -> FileRecords | None:
 def store_records(source: Source, records: FileRecords, began: float) -> str:
     """Store all known records of a source; return why they could not be stored, "" on success.
 
-    began: when the scan began, in seconds since 1970. Files that changed after `began`, or less than SETTLED
+    began: when the scan began, in seconds since 1970. Files that changed after `began`, or less than COARSEST_CLOCK
     nanoseconds before it, are not stored.
     """
     file = cache_file(source)
     if file is None or source.changed is None:
         return ""  # nothing to store
     changed = source.changed[records.rows]
-    settled = np.flatnonzero((changed >= 0) & (changed < int(began * 1e9) - SETTLED))
-    if not len(settled):
+    long_ago = np.flatnonzero((changed >= 0) & (changed < int(began * 1e9) - COARSEST_CLOCK))
+    if not len(long_ago):
         with suppress(OSError):  # delete the stored records, which are outdated
             file.unlink()
         return "the files were written only a moment ago"
-    records, changed = records.at(settled), changed[settled]
+    records, changed = records.at(long_ago), changed[long_ago]
     names = (
         source.names if len(records) == len(source) else StringTable(source.names[row] for row in records.rows.tolist())
     )

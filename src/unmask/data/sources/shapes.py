@@ -59,10 +59,10 @@ def _draw(index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _place(across: np.ndarray, down: np.ndarray, size: np.ndarray, turn: np.ndarray) -> tuple[np.ndarray, ...]:
     """Return each pixel's coordinates x and y (n, S, S) relative to the object, and the object's radius (n, 1, 1)."""
     radius = SIZE * (0.22 + 0.16 * size)[:, None, None]
-    room = SIZE / 2 - 0.85 * radius
+    reach = SIZE / 2 - 0.85 * radius
     pixel = np.arange(SIZE) + 0.5 - SIZE / 2
-    col = pixel - room * (2 * across[:, None, None] - 1)  # (n, 1, S)
-    row = pixel[:, None] - room * (2 * down[:, None, None] - 1)  # (n, S, 1)
+    col = pixel - reach * (2 * across[:, None, None] - 1)  # (n, 1, S)
+    row = pixel[:, None] - reach * (2 * down[:, None, None] - 1)  # (n, S, 1)
     angle = 2 * np.pi * turn[:, None, None]
     x = np.cos(angle) * col + np.sin(angle) * row
     y = -np.sin(angle) * col + np.cos(angle) * row
