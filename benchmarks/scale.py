@@ -143,7 +143,7 @@ def own_in_a_fork(names: Iterable[str]) -> int:
     if not hasattr(os, "fork") or not Path("/proc/self/smaps_rollup").exists():
         return 0
     reading, writing = os.pipe()
-    with warnings.catch_warnings():  # the child uses none of torch's threads
+    with warnings.catch_warnings():  # the child process does not use torch's threads
         warnings.simplefilter("ignore", DeprecationWarning)
         child = os.fork()
     if child == 0:

@@ -195,7 +195,7 @@ def test_python_examples_of_a_page_run(document, prepared, monkeypatch, request)
     monkeypatch.chdir(prepared)
     for example in examples:
         if example.startswith("# src/"):
-            continue  # a file of the package; test_docs.py tests it
+            continue  # this page imports a file of the package, which test_docs.py tests
         settings = ", ".join(repr(each) for each in [*MODEL, *TRAINING])
         if "torch.export" in example:
             jaxtyping.config.update("jaxtyping_disable", True)  # sizes in an exported graph are symbols

@@ -82,7 +82,7 @@ def test_sdist_contains_tests_scripts_and_metadata(built):
 
 @pytest.mark.slow
 def test_demo_runs_from_the_wheel(built, tmp_path):
-    """Runs in a new environment outside the checkout, with the dependencies of this environment."""
+    """The demo runs in a new environment outside the checkout, with the dependencies of this environment."""
     venv.create(tmp_path / "fresh", with_pip=True)
     programs = tmp_path / "fresh" / ("Scripts" if os.name == "nt" else "bin")
     outside = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}

@@ -1,4 +1,5 @@
-"""The root `Config`: all settings of a run. Values derived from them are in the `Plan` (`engine/training_plan.py`).
+"""The root `Config`: all settings of a run. Values that are derived from the settings are in the `Plan`
+(`engine/training_plan.py`).
 
 A tree of frozen, typed models: unknown keys are errors, every model converts to JSON and back, and `--set KEY=VALUE`
 can change every field. A method's name is the name of its file in `methods/`, or in `tasks/` if it learns from labels;
@@ -336,6 +337,6 @@ def explain(error: ValidationError) -> str:
         message = item["msg"].removeprefix("Value error, ")
         whole = isinstance(
             item["input"], dict | BaseModel
-        )  # the error of a validator that compares several settings; `message` names them
+        )  # an error of several settings, which `message` names; `message` names them
         lines.append(f"{where}: {message}" if whole else f"{where}={item['input']!r} does not fit: {message}")
     return "; ".join(lines)

@@ -1,6 +1,7 @@
 """An encoder without a task: imported weights (`unmask import`) whose pre-training method is unknown or unsupported.
 
-It supports `embed`, `probe`, `finetune` and `pretrain --recipe NAME --from RUN`. It has no loss and no picture.
+A run with this method supports `embed`, `probe`, `finetune` and `pretrain --recipe NAME --from RUN`. This method has no
+loss and no picture.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ class TrainingFailed(RuntimeError):
 def name_in_errors(path: Path) -> Iterator[None]:
     """Context manager that adds the file's name to an OSError without a file name.
 
-    `write` and `fsync` raise such errors when the disk is full.
+    `write` and `fsync` raise OSErrors without a file name when the disk is full.
     """
     try:
         yield

@@ -183,10 +183,12 @@ class Method(nn.Module, ABC):
         """
 
     def after_step(self, clock: Clock) -> None:
-        """Update tensors that depend on the weights, such as a teacher. This is called once after each optimiser step.
+        """Update tensors that depend on the weights, such as a teacher. The training loop calls this once after each
+        optimiser step.
 
         A step with non-finite numbers does not change the weights, and `clock.counted` is then False on the device. In
-        that case this method must leave every tensor bit-identical, as `nn.ema.moved` does. By default it does nothing.
+        that case this method must leave every tensor bit-identical, as `nn.ema.moved` does. The default implementation
+        does nothing.
         """
 
     def forward(self, batch: Batch, clock: Clock) -> Loss:

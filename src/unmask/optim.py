@@ -167,8 +167,8 @@ def fused_kernel_has_gate() -> bool:
 def update(optimizer: torch.optim.Optimizer, lr: float, loss: Tensor, clip: float | None) -> Tensor:
     """Update the weights with the current gradients, clear the gradients, and return their norm before clipping (0-d).
 
-    If `loss` (0-d) or the norm is not finite, weights and moments stay bit-identical. The check runs on the device; the
-    host does not wait for it.
+    If `loss` (0-d) or the norm is not finite, weights and moments stay bit-identical. The check runs on the device, and
+    the host does not wait for the result.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])

@@ -148,7 +148,7 @@ def options_of(owner: type[Options]) -> list[DeclaredOption]:
     """
     found: list[DeclaredOption] = []
     for each in fields(owner):
-        if each.name == "console":  # of requests; it is no option
+        if each.name == "console":  # the console of requests is not an option
             continue
         kind, *details = get_args(each.type) if get_origin(each.type) is Annotated else (each.type,)
         option = next((detail for detail in details if isinstance(detail, Option)), None)

@@ -3,8 +3,8 @@
     {"record": "probe", "kind": "linear", "data": {...}, "test": {...}, "rows": [...], ...}
 
 The key `record` names the class in this module that a file belongs to. File names have no meaning. To get results, call
-`read_results` and iterate over the records. Files of earlier versions lack the key and are converted when they are
-read.
+`read_results` and iterate over the records. Files of earlier versions lack the key `record` and are converted when they
+are read.
 
 The results of commands that write a file of their own (`EmbedResult`, `PredictResult`, ...) are not in RUN/evals.
 

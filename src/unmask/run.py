@@ -5,10 +5,10 @@
     heartbeat.json           during training: the newest step and its time
     checkpoints/  pictures/  evals/*.json  report.html  quarantine.jsonl
 
-This module imports the standard library only, so that reports load without torch. Files are written atomically: beside
-their final name, flushed to disk, then renamed. JSON files contain a digest and the id of their run
-(`system/verified_json.py`), which are checked on every read; checkpoints contain the id and the digests of config.json
-and plan.json. To change settings of a run, use `engine/edit_run.py`.
+This module imports the standard library only, so that reports load without torch. Files are written atomically: a
+temporary file in the same folder is flushed to disk and then renamed. JSON files contain a digest and the id of their
+run (`system/verified_json.py`), which are checked on every read; checkpoints contain the id and the digests of
+config.json and plan.json. To change settings of a run, use `engine/edit_run.py`.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class RunInUse(RunError):
 
 
 class RunGone(TrainingFailed):
-    """Raised if the folder was deleted, moved or replaced during the training. It is not created again."""
+    """Raised if the folder was deleted, moved or replaced during the training. The folder is not created again."""
 
 
 @dataclass(frozen=True)
@@ -391,7 +391,10 @@ class Run:
             replace_file(self.metrics_file, b"".join(json_lines.to_line(row) for row in rows))
 
     def sync_metrics(self) -> None:
-        """Flush metrics.jsonl to disk. Called before each checkpoint, so that a power cut loses no earlier row."""
+        """Flush metrics.jsonl to disk.
+
+        This is called before each checkpoint, so that a power cut loses no earlier row.
+        """
         if self.metrics_file.exists():
             with self.metrics_file.open("r+b") as file:
                 os.fsync(file.fileno())
@@ -408,7 +411,7 @@ class Run:
         """Record the state ("running", "stopped", "finished" or "failed") and this process in status.json.
 
         total: number of steps in all. seconds: training time. error: why the run failed. Raises OSError, RunError or
-        RunGone if the file cannot be written; `status` returns the new state even then.
+        RunGone if the file cannot be written; Even then, `status` returns the new state.
         """
         optional = {"total": total, "seconds": seconds, "error": error}
         process = {"pid": os.getpid(), "host": socket.gethostname()}

@@ -73,7 +73,7 @@ class RunStatus:
             return "ended"
         latest = max(self.heartbeat or 0.0, self.time or 0.0)
         recent = (time.time() if now is None else now) - latest <= SLOW_AFTER
-        elsewhere = self.host is not None and self.host != socket.gethostname()  # this machine may not see the lock
+        elsewhere = self.host is not None and self.host != socket.gethostname()  # the lock may be invisible
         if not self.locked and not elsewhere:
             return "dead"
         return "training" if recent else "slow"

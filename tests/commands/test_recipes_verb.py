@@ -57,5 +57,5 @@ def test_recipes_are_listed_in_groups(unmask):
     assert set(all_recipes()) <= set(names)
     assert names.index("mae_huge") < names.index("crossmae_nano") < names.index("finetune_few")
     *blocks, footnote = out.strip().split("\n\n")[1:]
-    assert all(len(block.splitlines()) > 1 for block in blocks)  # a title and its recipes
+    assert all(len(block.splitlines()) > 1 for block in blocks)  # the title of a group and its recipes
     assert footnote.startswith("* the image size is chosen from your images")

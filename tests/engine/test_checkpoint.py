@@ -175,7 +175,8 @@ def test_flipped_bit_anywhere_is_detected(run, name):
             said = []
             found = load_latest(run, log=said.append)
             assert found.step == 1, f"byte {offset}, bit {bit}"
-            assert name in said[0] or name == "MANIFEST.json"  # a bad digest is reported for its file
+            # The message for a flipped bit in a digest of the manifest names the file that the digest belongs to.
+            assert name in said[0] or name == "MANIFEST.json"
             assert "step-00000002" in said[0]
             corrupt = next(run.checkpoints.glob("*.corrupt*"))
             corrupt.rename(run.checkpoints / "step-00000002")
@@ -316,7 +317,7 @@ def test_pickle_is_rejected_and_never_opened(run, tmp_path, form, with_manifest)
         path.write_bytes(pickle.dumps(Payload(marker)))
     else:
         torch.save({"model": Payload(marker)}, path)
-    if with_manifest:  # it is rejected even if the manifest matches
+    if with_manifest:  # a pickle is rejected even if the manifest matches
         manifest = json.loads((path.parent / "MANIFEST.json").read_bytes())
         content = path.read_bytes()
         manifest["files"]["model.safetensors"] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}

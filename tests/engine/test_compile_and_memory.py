@@ -91,7 +91,7 @@ def test_reason_for_not_compiling_is_one_line(monkeypatch):
     assert why_not_compiled("cpu") == "InvalidCxxCompiler: No working C++ compiler found"
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.:DeprecationWarning")  # raised when torch imports its own modules
+@pytest.mark.filterwarnings("ignore:`torch.jit.:DeprecationWarning")  # importing torch's own modules can raise this
 def test_training_warns_why_it_continues_without_compiling(monkeypatch, capsys):
     def job(recipe: str):
         config = find(recipe)

@@ -1,4 +1,7 @@
-"""Undocumented features of torch that the engine uses. If a test here fails, a new version of torch changed them."""
+"""Undocumented features of torch that the engine uses.
+
+If a test in this file fails, a new version of torch has changed one of these features.
+"""
 
 import pytest
 import torch

@@ -182,7 +182,7 @@ def test_error_in_a_worker_is_raised_in_the_main_process():
 
 
 def test_dev_shm_is_not_used(images):
-    """Docker limits /dev/shm to 64 MB, so it must not be used."""
+    """Docker limits /dev/shm to 64 MB, so the loader must not use /dev/shm."""
     before = set(os.listdir("/dev/shm"))
     pool = training_batches(loader_images(images), start=0, batch=30, batches=50, workers=2)
     for _ in range(5):

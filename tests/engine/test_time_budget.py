@@ -61,7 +61,7 @@ def test_schedule_without_replans_is_bit_identical_to_the_plain_one():
 
 
 @pytest.mark.parametrize("changes", [((40, 60),), ((40, 400),), ((3, 50), (20, 300), (280, 281)), ((99, 150),)])
-def test_replan_keeps_the_position_and_spreads_the_rest(changes):
+def test_replan_keeps_the_position_and_spreads_the_rest_of_the_schedule(changes):
     found = plan()
     for step, steps in changes:
         before, found = found, found.replanned(step, steps)
@@ -220,7 +220,7 @@ def test_number_of_steps_follows_the_speed_and_is_recorded(images, tmp_path, mon
 def test_killed_run_repeats_its_steps_with_the_recorded_replans(images, tmp_path, monkeypatch, clock, negative_control):
     """The run is killed after replans that no checkpoint contains, and resumed on a machine that is ten times slower.
 
-    It repeats the steps exactly. Negative control: without the recorded replans the repeated steps differ.
+    The resumed run repeats the steps exactly. Negative control: without the recorded replans the repeated steps differ.
     """
     with timed_steps(clock, lambda step: 0.4, die_at=37), pytest.raises(SystemExit):
         begin(images, tmp_path / "run", monkeypatch, budget=60.0)

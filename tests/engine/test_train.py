@@ -281,7 +281,7 @@ def test_disk_that_stays_full_fails_at_the_end(images, tmp_path):
 
 def test_batch_may_be_larger_than_the_data_set(tmp_path):
     images = write_images(tmp_path / "images", 3)
-    run = start(images, tmp_path / "run", "train.steps=2", "train.batch_size=8")  # each batch repeats images
+    run = start(images, tmp_path / "run", "train.steps=2", "train.batch_size=8")  # every batch has repeated images
     assert len(losses(run)) == 2
 
 

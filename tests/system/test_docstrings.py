@@ -1,4 +1,4 @@
-"""First lines of docstrings, read without importing the module."""
+"""Test that the first line of a module's docstring is read without importing the module."""
 
 import sys
 

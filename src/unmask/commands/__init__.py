@@ -142,7 +142,7 @@ def _run() -> int:
     """Run the verb of the command line and return the exit code."""
     try:
         code = app(standalone_mode=False)  # typer returns the exit code of typer.Exit
-    except (KeyboardInterrupt, typer.Abort):  # typer usually catches these and returns 130
+    except (KeyboardInterrupt, typer.Abort):  # typer usually catches Ctrl-C and returns 130
         code = INTERRUPTED
     except Exception as error:
         return explain(error)

@@ -1,7 +1,7 @@
 """`unmask demo`: pre-train, probe and report on generated images, without data or network.
 
 Pre-trains on `shapes` without labels, draws reconstructions, probes the features with labels and two baselines, and
-writes the report. It uses the same functions as a run on other images.
+writes the report. The demo uses the same functions as a run on other images.
 """
 
 import time

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from unmask.run import Run
 
 
-NOT_FINE_TUNED = ("linear_probe",)  # it belongs to `unmask probe`
+NOT_FINE_TUNED = ("linear_probe",)  # a kind of `unmask probe`
 ANNOTATIONS = {"classify": "one sub-folder per class", "segment": "segmentation masks", "detect": "boxes"}
 
 

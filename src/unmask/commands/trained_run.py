@@ -17,7 +17,7 @@ def conclude(run: "Run", console: Console) -> "Run":
 
     try:
         console.print(f"report: {write_report(run.path, log=console.warn)}")
-    except (OSError, UserError) as error:  # the training has succeeded even if its report cannot be written
+    except (OSError, UserError) as error:  # the training has succeeded even if the report cannot be written
         console.warn(f"no report was written: {error}; fix that, then: unmask report {run.path}")
     status = run.status()
     if status.state == "stopped":

@@ -96,8 +96,8 @@ def accept_unverified(plan: Plan, source: Source, run: Run, found: Difference) -
 def plan_for_changed_data(source: Source, plan: Plan, run: Run, found: Difference) -> Plan:
     """Record a changed data set in the run and return the plan for it. Raises DataError.
 
-    Images that were unreadable or held out stay excluded. They are identified by name, because row numbers may have
-    changed.
+    Images that were unreadable or held out stay excluded. These images are identified by name, because row numbers may
+    have changed.
     """
     if read_config(run).method.name in task_names():
         raise DataError(

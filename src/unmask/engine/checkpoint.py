@@ -8,11 +8,12 @@ never used.
     checkpoints/LATEST name of the newest checkpoint, for users; never read
     checkpoints/fixed-<digest>.safetensors   tensors that never change after step 0, stored once for all steps
 
-Order of writing: the files, each flushed to disk; MANIFEST.json with their sizes and SHA-256; rename; flush the folder;
-LATEST; prune. The SHA-256 digests are needed because neither torch, nor safetensors, nor the file system detects a
-flipped bit. state.json and MANIFEST.json contain the id of the run and the digests of its config.json and plan.json, so
-that the checkpoint of another run is rejected even if its shapes match. Only safetensors files are loaded. A pickle in
-their place is rejected and never opened.
+A save writes the files and flushes each of them to disk, writes MANIFEST.json with their sizes and SHA-256, renames the
+folder and flushes its parent, writes LATEST, and then removes old checkpoints. The SHA-256 digests are needed because
+neither torch, nor safetensors, nor the file system detects a flipped bit. state.json and MANIFEST.json contain the id
+of the run and the digests of its config.json and plan.json, so that the checkpoint of another run is rejected even if
+its shapes match. Only safetensors files are loaded. A pickle in place of a safetensors file is rejected and never
+opened.
 """
 
 from __future__ import annotations
@@ -91,7 +92,7 @@ def save(
     """Write checkpoint `step` and return its folder; remove all but the newest `keep` (at least 2) intact checkpoints.
 
     Raises CheckpointRefused for weights that are not finite, CheckpointFull if the checkpoint cannot be written, and
-    RunGone if the run folder is missing. In these cases older checkpoints are unchanged.
+    RunGone if the run folder is missing. After such an error, older checkpoints are unchanged.
     """
     assert keep >= 2, "keep at least two, because the newest may be damaged"
     if poisoned := [name for name, value in model.items() if value.is_floating_point() and not value.isfinite().all()]:
@@ -185,7 +186,7 @@ def _prune(run: Run, keep: int) -> None:
 
 
 def steps_on_disk(run: Run) -> list[tuple[int, Path]]:
-    """Return (step, folder) of all checkpoints, newest first, from their names, without verifying them."""
+    """Return (step, folder) of all checkpoints, newest first, as their names state, without verifying the files."""
     found = [
         (int(match[1]), path) for path in run.checkpoints.glob("step-*") if (match := STEP_FOLDER.match(path.name))
     ]
@@ -349,7 +350,7 @@ def save_fixed(run: Run, tensors: Mapping[str, Tensor]) -> None:
     file = run.checkpoints / f"fixed-{hashlib.sha256(content).hexdigest()}.safetensors"
     try:
         replace_file(file, content)
-        for other in run.checkpoints.glob(FIXED):  # left by an interrupted start
+        for other in run.checkpoints.glob(FIXED):  # temporary files of an interrupted start
             if other != file:
                 other.unlink()
     except OSError as error:
@@ -359,7 +360,7 @@ def save_fixed(run: Run, tensors: Mapping[str, Tensor]) -> None:
 def load_fixed(checkpoints: Path) -> dict[str, Tensor]:
     """Return the tensors that `save_fixed` stored, or {} if it stored none.
 
-    Raises CheckpointError if their files are damaged.
+    Raises CheckpointError if the files of these tensors are damaged.
     """
     for file in checkpoints.glob(FIXED):
         try:

@@ -45,6 +45,6 @@ def why_not_compiled(device: str) -> str | None:
 
 def uncompiled() -> AbstractContextManager[object]:
     """Context manager that runs compiled blocks eagerly, to avoid recompiling for one-off batch sizes."""
-    if "torch._dynamo" not in sys.modules:  # then nothing is compiled, and importing torch._dynamo would take a second
+    if "torch._dynamo" not in sys.modules:  # no block is compiled, and importing torch._dynamo would take a second
         return nullcontext()
     return torch.compiler.set_stance("force_eager")

@@ -64,7 +64,8 @@ def rows_now(run: Run, rows: Sequence[int], source: Source) -> tuple[int, ...]:
 def compare(run: Run, plan: Plan, source: Source, console: Console) -> Difference:
     """Return how the training images differ from the images at the start of the run.
 
-    Only files with a different modification time are read. If their content is unchanged, the new times are recorded.
+    Only files with a different modification time are read. If the content of these files is unchanged, the new times
+    are recorded.
     """
     record = identity.read_record(file_of(run, DATA))
     if record is None:
@@ -86,7 +87,7 @@ def compare(run: Run, plan: Plan, source: Source, console: Console) -> Differenc
 
 
 def require_same(run: Run, source: Source, role: str, console: Console) -> Difference:
-    """Return how the files of masks or test images differ from the recorded files. The first call records them."""
+    """Return how the files of masks or test images differ from the recorded files. The first call records the files."""
     record = identity.read_record(file_of(run, role))
     if record is None:
         if file_of(run, role).exists():

@@ -9,8 +9,8 @@ the curve of a run of the new length. Over the share `optim.warmup` of the remai
 linearly from its last value to that curve. Earlier steps keep their schedule (`Plan.earlier`), so the run can still be
 repeated exactly from any of its checkpoints.
 
-The change is first written to a journal file and then applied. If a crash interrupts it, the next `unmask resume` or
-`unmask set` completes it.
+The change is first written to a journal file and then applied. If a crash interrupts a change, the next `unmask resume`
+or `unmask set` completes it.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ def evaluate(job: Job, evaluator: Evaluator, at: Position, stop: StopRequest) ->
     """Evaluate the method, and its averaged weights if there are any; log the metrics and return the duration in
     seconds.
 
-    Raises StopRequested for a stop request; the weights are unchanged then.
+    Raises StopRequested for a stop request, with unchanged weights.
     """
     began = time.perf_counter()
     with torch.no_grad(), eval_mode(job.method), uncompiled(), autocast(job.plan.precision, job.plan.device):

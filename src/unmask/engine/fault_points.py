@@ -1,7 +1,7 @@
 """Points of training at which tests inject faults.
 
-The package itself never sets them. A test that needs a non-finite loss, a signal, a stall or a full disk at a certain
-step sets a function for a `with` block, instead of monkeypatching the loop:
+The package itself never sets such functions. A test that needs a non-finite loss, a signal, a stall or a full disk at a
+certain step sets a function for a `with` block, instead of monkeypatching the loop:
 
     def spoil(job, step):
         return replace(step, loss=torch.tensor(float("nan"))) if step.number == 4 else step

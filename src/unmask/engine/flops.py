@@ -49,7 +49,10 @@ class Flops:
 
     @property
     def masked(self) -> bool:
-        """Whether the encoder's blocks skip the hidden patches. It is False if only the patch embedding skips them."""
+        """Whether the encoder's blocks skip the hidden patches.
+
+        It is False if only the patch embedding skips the hidden patches.
+        """
         return self.encoder < 0.98 * self.whole
 
 
@@ -57,8 +60,8 @@ def count_flops(config: Config, images: ImageSpec) -> Flops:
     """Count the FLOPs of one image for the method and settings of `config`.
 
     The loss of a custom method may depend on tensor values, which meta tensors do not have. torch then raises
-    RuntimeError or NotImplementedError, and the pass is counted on the CPU. If the error has another cause, it is
-    raised again there.
+    RuntimeError or NotImplementedError, and the pass is counted on the CPU. An error with another cause is raised again
+    on the CPU.
     """
     try:
         return _count(config, images, "meta")
@@ -67,7 +70,10 @@ def count_flops(config: Config, images: ImageSpec) -> Flops:
 
 
 def typical_images(config: Config) -> ImageSpec:
-    """Return the image properties that a configuration expects. Images are RGB unless it sets the channels."""
+    """Return the image properties that a configuration expects.
+
+    Images are RGB unless the configuration sets the channels.
+    """
     channels = config.data.channels or len(config.data.mean or config.data.std or (0, 0, 0))
     return ImageSpec(
         channels=channels, size=config.data.size, dtype="uint8", mean=(127.5,) * channels, std=(64.0,) * channels

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-TRIM_THRESHOLD, MMAP_MAX = -1, -4  # glibc's parameter numbers for `mallopt`; their default values follow
+TRIM_THRESHOLD, MMAP_MAX = -1, -4  # glibc's parameter numbers for `mallopt`; the next line has their default values
 USUAL = {TRIM_THRESHOLD: 128 * 1024, MMAP_MAX: 65536}
 
 

@@ -20,7 +20,7 @@ FOLLOWING = ("nano", "tiny", "small")
 FIXED_METHODS = ("dvae",)
 SMALLEST, SMALL_SIDE, NANO_SIDE = 16, 48, 64  # In pixels.
 STRETCH = 1.2  # If images are resampled by a smaller factor, the report describes this as "about their own size".
-LARGER = 1.5  # For segmentation and detection, images larger than this times the input size enlarge it.
+LARGER = 1.5  # Segmentation and detection enlarge the input size for images that are larger by this factor.
 
 
 def follows_images(name: str) -> bool:

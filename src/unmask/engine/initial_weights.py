@@ -40,9 +40,9 @@ DVAE = ""  # Prefix of the same tensors in a dVAE run, which has no other tensor
 def continued(from_run: str | Path, recipe: str) -> Config:
     """Return the configuration of a run that starts from the weights of another run.
 
-    With recipe "auto", the settings and all weights of the other run are used. With a named recipe, only its encoder is
-    used. In both cases its normalisation is used as well. Raises UserError if `from_run` is not a run, or has no
-    checkpoint.
+    With recipe "auto", the settings and all weights of the other run are used. With a named recipe, only the encoder of
+    the other run is used. In both cases the normalisation of the other run is used as well. Raises UserError if
+    `from_run` is not a run, or has no checkpoint.
     """
     run = Run.open(from_run)
     step, _ = checkpoint.load_model(run)

@@ -19,7 +19,7 @@ from unmask.errors import UserError
 from unmask.nn.modes import eval_mode
 from unmask.run import Run, RunGone
 
-REPORT_SECONDS = 1.5  # reserved for writing the report after the last step
+REPORT_SECONDS = 1.5  # seconds reserved for writing the report after the last step
 
 
 class Stopwatch:
@@ -75,7 +75,7 @@ def evaluation_due(job: Job, step: int) -> bool:
 def closing_seconds(pacer: Pacer) -> float:
     """Estimate the seconds from the last step to the end of the command.
 
-    They include an evaluation, a picture, a checkpoint, the final result and the report.
+    This time includes an evaluation, a picture, a checkpoint, the final result and the report.
     """
     return 2 * pacer.cost("evaluation") + pacer.cost("picture") + pacer.cost("save") + REPORT_SECONDS
 
@@ -83,7 +83,7 @@ def closing_seconds(pacer: Pacer) -> float:
 def affordable(job: Job, pacer: Pacer, kind: str, at: Position) -> bool:
     """Return whether there is time for a picture or an evaluation, because most of the budget is left for training.
 
-    At the last step there always is.
+    The result is always True at the last step.
     """
     if job.plan.budget is None or at.step == job.plan.steps or pacer.affords(kind, closing_seconds(pacer)):
         return True

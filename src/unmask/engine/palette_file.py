@@ -1,8 +1,8 @@
 """`unmask palette DATA`: compute iGPT's colour palette for these images, as a file that several runs can use.
 
 The file is JSON with `colours` (k lists of C numbers in the files' units), `dtype` and `channels` of the images, their
-source, the mean square error per channel, and the number of colours that are used. Not all are used if the images have
-fewer than k different pixel values, because some colours are duplicates then. A picture beside it shows the images in
+source, the mean square error per channel, and the number of colours that are used. If the images have fewer than k
+different pixel values, some colours are duplicates and remain unused. A picture beside the file shows the images in
 these colours.
 """
 

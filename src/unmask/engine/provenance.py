@@ -16,7 +16,7 @@ from unmask.system.shell_command import shell_command
 
 
 def provenance(plan: Plan) -> dict[str, Any]:
-    """Return versions, device, git state of the working folder, and the shell command, or None in a Python call."""
+    """Return versions, device, git state of the working folder, and the shell command (None in calls from Python)."""
     device = torch.cuda.get_device_name(plan.device) if plan.device.startswith("cuda") else platform.processor()
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),

@@ -61,7 +61,7 @@ def loading_failures(run: Run) -> Iterator[None]:
 def quarantine(job: Job, delivery: LoadedBatch, at: Position) -> None:
     """Record each file that has become unreadable since the scan once, in quarantine.jsonl.
 
-    Raises TrainingFailed if they are more than `data.max_bad_fraction` of the images.
+    Raises TrainingFailed if more than `data.max_bad_fraction` of the images have become unreadable.
     """
     images = job.images
     for bad in delivery.bad:

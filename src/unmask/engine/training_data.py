@@ -169,7 +169,7 @@ def held_out_for_loss(rows: np.ndarray, config: Config) -> np.ndarray:
 def training_images(source: Source, rows: np.ndarray, spec: ImageSpec, config: Config) -> ImageReader:
     """Return the reader of the images in `rows`.
 
-    Raises ConfigError if they cannot be resampled on the device as requested.
+    Raises ConfigError if data.resize=device is set, but these images cannot be resampled on the device.
     """
     data = config.data
     on_device = data.resize == "device"

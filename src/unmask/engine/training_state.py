@@ -93,7 +93,7 @@ def roll_back(job: Job, fault: Step, at: Position, stopwatch: Stopwatch) -> Posi
 
     Raises TrainingFailed if training has failed at the same step after `MOST_ROLLBACKS` rollbacks.
     """
-    got_past = fault.number - BAD_STEPS_IN_A_ROW >= at.fault_step  # whether steps beyond the last fault were good
+    got_past = fault.number - BAD_STEPS_IN_A_ROW >= at.fault_step  # whether a step beyond the last fault succeeded
     rollbacks = 1 if got_past else at.rollbacks + 1
     if rollbacks > MOST_ROLLBACKS:
         raise TrainingFailed(

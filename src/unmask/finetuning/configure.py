@@ -108,7 +108,7 @@ def config_from_run(run: Run, classes: Sequence[str], recipe: str = PLAIN, *, fr
 def steps_like(other: str | Path | None, settings: Sequence[str], budget: Budget | None) -> list[str]:
     """Return the steps and batch size of another run as settings.
 
-    Raises ConfigError if other options also set these.
+    Raises ConfigError if other options also set the steps or the batch size.
     """
     if other is None:
         return []

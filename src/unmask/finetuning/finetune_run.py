@@ -244,7 +244,7 @@ def checked_settings(task: str, options: FinetuneOptions, budget: Budget | None,
 
 
 def open_examples(task: str, data: str, options: FinetuneOptions, console: Console) -> Examples:
-    """Open the training and test images with their annotations. Raises UserError if they cannot be used."""
+    """Open the training and test images with their annotations. Raises UserError if the images cannot be used."""
     annotated = open_annotated(task, data, options.annotation_options(), console=console)
     train, held_out = split_rows(annotated, options.shots, hold=options.test is None)
     if options.test is None:
@@ -366,7 +366,7 @@ def moved_places(config: Config, places: changed_data.DataLocations) -> changed_
 def supervise(run: Run, config: Config, plan: Plan, source: Source, *, console: Console) -> Supervision:
     """Open the annotations and test images of a run that starts or resumes.
 
-    Raises DataError if they have changed since the run began.
+    Raises DataError if the annotations or test images have changed since the run began.
     """
     annotated = reopen(config, plan, source)
     test_set = open_test_set(config, plan, annotated, console)

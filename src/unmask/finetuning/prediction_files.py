@@ -187,7 +187,7 @@ def _plain(name: str, file: str) -> bool:
 def require_out(out: Path, writer: Writer) -> None:
     """Raise UserError if `out` does not fit the predictions or cannot be written to.
 
-    This is called before images are read, because reading may take hours.
+    `unmask predict` calls this before it reads images, because reading may take hours.
     """
     if not writer.folder and out.suffix not in writer.endings:
         raise UserError(

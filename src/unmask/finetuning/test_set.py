@@ -112,7 +112,7 @@ def task_of(method: Method) -> Task[Any, Any]:
 def open_test_set(config: Config, plan: Plan, annotated: AnnotatedImages, console: Console) -> TestSet:
     """Open the test images of a run: the images held out from `annotated`, or `data.test`.
 
-    This is called before the training. Raises UserError if the images cannot be evaluated.
+    Raises UserError if the images cannot be evaluated, which is checked before the training.
     """
     rows, of, data = np.array(plan.test_rows, np.int64), annotated, config.data
     task = config.method.name

@@ -1,11 +1,11 @@
 """Draw a `Picture` as one PNG: a row per image, a column per panel, captions above and a note below.
 
 Images may have any dtype and any number of channels. One channel is drawn in gray, three as red, green and blue. With
-more channels, only the first three are drawn; with two channels, blue is 0. The note states this. Eight-bit images are
-drawn unchanged. For other dtypes, the 1st and 99th percentile of each channel of the first panel (the original), over
-all images, become black and white, and all panels are stretched alike, so that columns can be compared. Non-finite
-values are drawn in magenta, and the note explains the colour. Absent pixels (no data) are a checkerboard in every
-panel.
+more channels, only the first three are drawn; with two channels, blue is 0. The note names the drawn channels.
+Eight-bit images are drawn unchanged. For other dtypes, the 1st and 99th percentile of each channel of the first panel
+(the original), over all images, become black and white, and all panels are stretched alike, so that columns can be
+compared. Non-finite values are drawn in magenta, and the note explains the colour. Absent pixels (no data) are a
+checkerboard in every panel.
 
 Letters: B images, C channels, H x W pixels.
 """

@@ -1,6 +1,6 @@
 """Convert results in RUN/evals that versions before 0.2 wrote to the current format.
 
-Such results lack the key `record`. Their type is determined from their keys, never from their file names.
+Such results lack the key `record`. The type of a result is determined from its keys, never from its file name.
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ def locked(folder: Path, *, grace: float = GRACE) -> Iterator[int]:
     _held.add(handle)
     try:
         _acquire(handle, time.monotonic() + grace)
-        with suppress(OSError):  # for example, a full disk; only messages use the content
+        with suppress(OSError):  # a full disk, for example; the content is used in messages only
             os.ftruncate(handle, 0)
             about = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
             os.pwrite(handle, json.dumps(about).encode() + b"\n", 0)

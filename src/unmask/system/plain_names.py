@@ -8,7 +8,7 @@ from pathlib import Path
 def plain_name(path: str) -> str:
     """Return the last part of a path, with hyphens in place of all characters except letters and digits.
 
-    The name has no hyphens at its ends.
+    The returned name neither begins nor ends with a hyphen.
     """
     return "".join(letter if letter.isalnum() else "-" for letter in Path(path).name).strip("-")
 

@@ -66,8 +66,8 @@ class Watchdog:
     """Watches computations of the thread that creates it; see `watching`.
 
     If a computation makes no progress for `limit` seconds, the watchdog's own thread calls `report` with the name of
-    the computation, and stores the returned error message in `message`. Then `Stalled` is raised in the watched thread.
-    If that thread does not respond, for example because it hangs in a driver, the process exits with code 1.
+    the computation, and stores the returned error message in `message`. After that, `Stalled` is raised in the watched
+    thread. If that thread does not respond, for example because it hangs in a driver, the process exits with code 1.
 
     on_cpu: whether CPU time of this process counts as progress, so that a slow processor is not mistaken for a hang.
     """

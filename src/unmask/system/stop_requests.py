@@ -45,7 +45,7 @@ class StopRequest:
     def interruptible(self) -> Iterator[None]:
         """Context manager in which a stop request raises StopRequested immediately, also if it arrived before.
 
-        Its body may be interrupted anywhere, so it must not change the training's state.
+        The body may be interrupted anywhere, so it must not change the training's state.
         """
         if self.requested:
             raise StopRequested
@@ -56,7 +56,7 @@ class StopRequest:
             self._interruptible = before
 
     def request(self) -> None:
-        """Request a stop. Called by a signal handler."""
+        """Request a stop. Signal handlers call this."""
         self.requested = True
         if self._interruptible:
             self._interruptible = False
@@ -65,7 +65,10 @@ class StopRequest:
 
 @contextmanager
 def stop_requests() -> Iterator[StopRequest]:
-    """Context manager in which the signals request a stop. It has no effect outside the main thread."""
+    """Context manager in which the signals request a stop.
+
+    The context manager has no effect outside the main thread.
+    """
     stop = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield stop
