@@ -227,7 +227,7 @@ def test_odd_sizes_are_scaled_and_rotated():
     assert decode(data, at_least=(103, 51)).shape == (203, 101, 3)
 
 
-def test_at_least_only_affects_jpeg():
+def test_reduced_size_decoding_only_affects_jpeg():
     assert decode(SOUND["png"], at_least=(1, 1)).shape == (48, 64, 3)
 
 

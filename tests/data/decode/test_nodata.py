@@ -226,7 +226,7 @@ def test_cached_images_with_absent_pixels_give_the_same_batches(tmp_path):
     assert torch.equal(one.valid, other.valid)
 
 
-def test_nodata_tag_changes_nothing_without_absent_pixels(tmp_path):
+def test_images_without_absent_pixels_are_read_alike_with_and_without_the_nodata_tag(tmp_path):
     plain, tagged = write(tmp_path / "plain", count=0), write(tmp_path / "tagged", count=0)
     for number in range(10):
         tifffile.imwrite(plain / f"{number}.tif", terrain(number, hole=False))

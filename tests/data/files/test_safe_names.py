@@ -49,7 +49,7 @@ def test_marked_cells_are_not_formulas_and_can_be_unmarked(text):
     assert unmarked(marked(text)) == text
 
 
-def test_other_cells_are_unchanged():
+def test_cells_that_are_not_formulas_are_unchanged():
     for value in ("a", "", "1=2", "it's", -0.5, None):
         assert marked(value) == value
     for text in ("a", "it's", "'quoted'", ""):

@@ -164,7 +164,7 @@ def test_file_changed_after_listing_raises_bad_image(tmp_path, known):
     with pytest.raises(BadImage, match="has changed since the data were opened") as fault:
         source.read_unchanged(2)
     assert fault.value.code == "CHANGED"
-    if known:  # written again with the same content
+    if known:  # the file gets its original content back
         (tmp_path / "a" / "2.npy").write_bytes(npy(2))
         assert source.read_unchanged(2) == npy(2)
 

@@ -33,5 +33,5 @@ class FileFormat:
     decode: Decode | None = None
 
     def can_read_pieces(self, header: Header) -> bool:
-        """Whether `pieces` can read a file with this header; a TIFF must have only one page to read."""
+        """Return whether `pieces` can read a file with this header, which for a TIFF means one page."""
         return self.pieces is not None and len(header.pages) <= 1

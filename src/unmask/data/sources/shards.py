@@ -113,7 +113,8 @@ def _splits(relative: Sequence[str]) -> list[str]:
 def _label_tars(source: JoinedSource, stems: Sequence[str]) -> None:
     """Set labels from the folders inside the tars, or from the file names of the tars if each tar is one class.
 
-    Numbered shards are not classes, unless the files in each tar have names that start with its name (n01440764.tar).
+    Numbered shards are not classes, unless the names of the files in each tar start with the name of the tar
+    (n01440764.tar).
     """
     source.unlabelled = ""
     source.classes, source.labels, source.split_folders = classes_of([n for part in source.parts for n in part.names])
