@@ -209,7 +209,7 @@ def test_runs_with_the_same_folder_name_are_named_by_their_paths(runs, tmp_path)
         ({"out": "nowhere/both.html"}, r"does not exist; create it"),
         ({"test": "shapes-test"}, r"--test or --shots without --data"),
         ({"kind": "rankme", "data": "x", "shots": 3}, r"got --test or --shots, but --kind rankme uses no labels"),
-        ({"kind": "nearest"}, r"got probe kind 'nearest'"),
+        ({"kind": "nearest"}, r"got --kind nearest; expected attentive, knn"),
     ],
 )
 def test_invalid_arguments_are_rejected(trained, change, message):

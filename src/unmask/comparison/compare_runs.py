@@ -16,13 +16,13 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
+from unmask.comparison.probe_wanted import ProbeWanted
 from unmask.comparison.run_facts import RunFacts, caveat, differences, run_facts
 from unmask.comparison.shared_probes import SharedProbe, latest_probes, not_shared, shared_probes
 from unmask.console import Console
 from unmask.data.annotations.splits import HELD_OUT
 from unmask.engine import checkpoint
 from unmask.errors import UserError
-from unmask.evals.probe_kind import LabelFreeMeasure, find_kind
 from unmask.evals.probe_options import ProbeOptions
 from unmask.evals.run_probe import run_probe
 from unmask.report.page import png_url, render
@@ -50,46 +50,20 @@ class Comparison:
         return TypeAdapter(Comparison).dump_python(self, mode="json")
 
 
-@dataclass(frozen=True)
-class ProbeWanted:
-    """The probe that every run should have, of its newest checkpoint, without controls, with seed 0.
-
-    data: labelled images, or None to compare only existing measurements.
-    """
-
-    data: str | None = None
-    test: str | None = None
-    kind: str = "linear"
-    shots: int | None = None
-    device: str = "auto"
-
-    @property
-    def is_label_free(self) -> bool:
-        """Whether this kind of probe uses no labels. Raises UserError for an unknown kind."""
-        return isinstance(find_kind(self.kind), LabelFreeMeasure)
-
-    def check(self) -> None:
-        """Raise UserError for options that would be ignored."""
-        labels = self.test is not None or self.shots is not None
-        if self.data is None and labels:
-            raise UserError("got --test or --shots without --data, so there is nothing to probe; add --data")
-        if self.is_label_free and labels:
-            raise UserError(f"got --test or --shots, but --kind {self.kind} uses no labels; leave them out")
-
-    def is_in(self, probes: Sequence[ProbeResult], data: str, step: int | None) -> bool:
-        """Whether one of these results is this probe of the checkpoint at `step`."""
-        test, task = TestIdentity(held_out=HELD_OUT, seed=0), CLASSES
-        if self.is_label_free:
-            test, task = TestIdentity(images=ImageSet(name=data)), UNLABELLED
-        elif self.test is not None:
-            test = TestIdentity(images=ImageSet(name=self.test))
-        return any(
-            (probe.kind, probe.shots, probe.seed, probe.step) == (self.kind, self.shots, 0, step)
-            and (probe.layer, probe.mask_votes, probe.targets, probe.task) == (None, None, None, task)
-            and probe.data.matches(ImageSet(name=data))
-            and probe.test.matches(test)
-            for probe in probes
-        )
+def is_measured(wanted: ProbeWanted, probes: Sequence[ProbeResult], data: str, step: int | None) -> bool:
+    """Whether one of these results is the wanted probe of the checkpoint at `step`."""
+    test, task = TestIdentity(held_out=HELD_OUT, seed=0), CLASSES
+    if wanted.is_label_free:
+        test, task = TestIdentity(images=ImageSet(name=data)), UNLABELLED
+    elif wanted.test is not None:
+        test = TestIdentity(images=ImageSet(name=wanted.test))
+    return any(
+        (probe.kind, probe.shots, probe.seed, probe.step) == (wanted.kind, wanted.shots, 0, step)
+        and (probe.layer, probe.mask_votes, probe.targets, probe.task) == (None, None, None, task)
+        and probe.data.matches(ImageSet(name=data))
+        and probe.test.matches(test)
+        for probe in probes
+    )
 
 
 def compare(
@@ -141,7 +115,7 @@ def compare_folders(runs: Mapping[str, Run]) -> Comparison:
 def add_missing_probes(runs: Iterable[Run], wanted: ProbeWanted, data: str, console: Console) -> None:
     """Measure the wanted probe for every run whose newest checkpoint lacks it."""
     for run in runs:
-        if not wanted.is_in(read_results(run).probes, data, checkpoint.newest_step(run)):
+        if not is_measured(wanted, read_results(run).probes, data, checkpoint.newest_step(run)):
             options = ProbeOptions(data=data, test=wanted.test, shots=wanted.shots, device=wanted.device)
             run_probe(run.path, wanted.kind, options, console)
 
