@@ -9,8 +9,8 @@
     describe(values)       the headline metrics in words
 
 Fine-tuning, testing, prediction and export use these members and the members of `TaskConfig` only, so they work for
-every task. To add a task, add one file to `tasks/` with a `Config` and one subclass of `Task`, and a recipe
-(`docs/write-a-method.md`). `Config` is a subclass of `TaskConfig`, of `MaskTaskConfig` for tasks that read segmentation
+every task. To add a task, add one file to `tasks/` with a `Config` and one subclass of `Task`, and a recipe.
+`Config` is a subclass of `TaskConfig`, of `MaskTaskConfig` for tasks that read segmentation
 masks, and of `PartialTaskConfig` for tasks that can train the last blocks of the encoder only.
 """
 

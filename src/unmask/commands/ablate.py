@@ -16,6 +16,13 @@ def _seconds(text: str) -> float:
     return seconds_of(text)
 
 
+def tables() -> dict[str, str]:
+    """Return the tables with their titles."""
+    from unmask.comparison.paper_tables import TABLES
+
+    return {name: table.title for name, table in TABLES.items()}
+
+
 @dataclass(frozen=True)
 class AblateRequest(Request):
     """Train and probe every cell of a table of the MAE paper, and show the paper's numbers beside the results.
@@ -23,9 +30,7 @@ class AblateRequest(Request):
     Running the same command again continues an unfinished table.
     """
 
-    table: Annotated[
-        str, Option("Table to reproduce: 1a to 1f, fig5, fig7 or fig9 of the MAE paper, or family.", metavar="TABLE")
-    ]
+    table: Annotated[str, Option("Table or figure of the MAE paper to reproduce.", metavar="TABLE", choices=tables)]
     data: Data
     _: KW_ONLY
     test: TestData = None

@@ -33,7 +33,7 @@ class ExportRequest(Request):
     ]
     out: Annotated[
         str | Path,
-        Option("New .safetensors, .pth or .onnx file; for hf and hf-pretraining a new folder.", metavar="PATH"),
+        Option("New file with the extension of the target, or new folder; see --to.", metavar="PATH"),
     ]
     step: Step = None
 

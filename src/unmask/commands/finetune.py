@@ -14,20 +14,18 @@ from unmask.console import Console
 from unmask.errors import UserError
 from unmask.option import Option
 from unmask.shared_options import Data, Exclude, Settings, TestData
+from unmask.system.docstrings import class_constant
 
 if TYPE_CHECKING:
     from unmask.data.annotations.segmentation_masks import MaskOptions
     from unmask.run import Run
 
 
-NOT_FINE_TUNED = ("linear_probe",)  # a kind of `unmask probe`
-ANNOTATIONS = {"classify": "one sub-folder per class", "segment": "segmentation masks", "detect": "boxes"}
-
-
 def tasks() -> dict[str, str]:
-    """Return the tasks, which are the files of `tasks/`, with the annotations that they use."""
+    """Return the tasks, which are the files of `tasks/`, with the annotations that they need (`Task.needs`)."""
     names = (module.name for module in pkgutil.iter_modules(unmask.tasks.__path__))
-    return {name: ANNOTATIONS.get(name, "") for name in names if name not in NOT_FINE_TUNED}
+    needs = {name: class_constant(f"unmask.tasks.{name}", "needs") for name in names}
+    return {name: words for name, words in needs.items() if words}
 
 
 def ids_from_text(text: str) -> tuple[int, ...]:

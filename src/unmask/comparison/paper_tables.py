@@ -11,10 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from unmask.config import Config
 from unmask.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from unmask.config import Config
 
 PLAIN_PIXELS = "method.target=pixels"
 TOKENIZER, PRETRAINED = "tokenizer", "pretrained"

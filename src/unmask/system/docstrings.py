@@ -1,4 +1,4 @@
-"""Read the docstring of a module without importing it, for lists of files that are options of a command."""
+"""Read facts of a module without importing it, for lists of files that are options of a command."""
 
 from __future__ import annotations
 
@@ -8,11 +8,22 @@ from pathlib import Path
 
 
 def first_line(module: str) -> str:
-    """Return the first line of a module's docstring, or an empty string if it has none.
+    """Return the first line of a module's docstring, "" without one. module: full name; its packages are imported."""
+    return (ast.get_docstring(_parsed(module)) or "").partition("\n")[0]
 
-    module: full name of the module, whose packages are imported.
-    """
+
+def class_constant(module: str, name: str) -> str | None:
+    """Return the text that a class of the module assigns to `name` in its body, None if no class does."""
+    for each in _parsed(module).body:
+        for line in each.body if isinstance(each, ast.ClassDef) else ():
+            targets = line.targets if isinstance(line, ast.Assign) else ()
+            if name in [target.id for target in targets if isinstance(target, ast.Name)]:
+                return ast.literal_eval(line.value)  # type: ignore[attr-defined]
+    return None
+
+
+def _parsed(module: str) -> ast.Module:
     spec = importlib.util.find_spec(module)
     if spec is None or spec.origin is None:
         raise ModuleNotFoundError(f"got module {module}; expected a file of the package")
-    return (ast.get_docstring(ast.parse(Path(spec.origin).read_bytes())) or "").partition("\n")[0]
+    return ast.parse(Path(spec.origin).read_bytes())
