@@ -261,7 +261,7 @@ def encoder_rows(recipe: str, batch: int, rounds: int) -> list[dict[str, Any]]:
         for i, (ratio, count) in enumerate(zip(RATIOS, tokens, strict=True))
     ]  # fmt: skip
     line = {
-        "part": "encoder, linear fit to tokens",
+        "part": "encoder, line through tokens",
         "recipe": recipe,
         "batch": batch,
         "precision": precision,

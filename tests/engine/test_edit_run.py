@@ -40,10 +40,10 @@ def run(trained, tmp_path):
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ("data.size=[32,32]", "the weights were trained with it"), ("method.encoder.heads=1", "trained with it"),
+        ("data.size=[32,32]", "the weights were trained with this setting"), ("method.encoder.heads=1", "trained with this setting"),
         ("train.seed=3", "the order of the images"), ("data.source=x", "keeps its images"),
-        ("data.nodata=0", "trained with it"), ("data.alpha=drop", "trained with it"),
-        ("data.pages=first", "trained with it"), ("data.axes=CHW", "trained with it"),
+        ("data.nodata=0", "trained with this setting"), ("data.alpha=drop", "trained with it"),
+        ("data.pages=first", "trained with this setting"), ("data.axes=CHW", "trained with it"),
         ("data.held_out=3", "when a run begins"), ("optim.name=lars", "moments"),
         ("train.steps=10", "has done 20 already"), ("train.steps=none", "expected a number"),
         ("train.stps=30", "did you mean"),
