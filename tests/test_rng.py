@@ -77,6 +77,6 @@ def test_draws_are_uniform():
     assert abs(np.corrcoef(values[:-1, 0], values[1:, 0])[0, 1]) < 0.08
 
 
-def test_draws_of_a_clock():
+def test_uniform_draws_have_a_row_per_image():
     draws = Draws(9, torch.zeros(4, dtype=torch.int64), torch.arange(4))
     assert draws.uniform(6).shape == (4, 6)

@@ -42,7 +42,7 @@ def test_opening_a_folder_that_is_not_a_run_is_an_error(run, tmp_path):
     assert Run.open(run.path).path == run.path
 
 
-def test_json_round_trip_and_damage(run):
+def test_json_files_round_trip_and_damaged_ones_are_rejected(run):
     run.write("evals/probe.json", {"a": 1.5, "name": "caf\udce9"})  # a file name that is not UTF-8
     assert run.read("evals/probe.json") == {"a": 1.5, "name": "caf\udce9"}
     (run.path / "evals/probe.json").write_text("{")

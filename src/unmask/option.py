@@ -33,9 +33,9 @@ class Option:
     """Declaration of an option, besides the type and the default of its field.
 
     help: a phrase for `--help` and for Python's `help`. metavar: placeholder of the value. flag: name on the command
-    line, if it differs from the field's. default: what the default None means, in words. command_line: type of the
-    value on the command line, if it differs from the field's. from_text: converts the value from the command line.
-    at_least,
+    line, if it differs from the name of the field. default: what the default None means, in words. command_line: type
+    of the value on the command line, if it differs from the type of the field. from_text: converts the value from the
+    command line. at_least,
     at_most: bounds of a number. choices: returns the allowed words with their meanings, which may be "".
     """
 

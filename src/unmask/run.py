@@ -113,7 +113,7 @@ class Run:
         self.faults_file = self.path / "faults.jsonl"
         self.heartbeat_file = self.path / "heartbeat.json"
         self._new_id: str | None = None  # Id of the run, once it is created or read from config.json.
-        self._digests: dict[str, str | None] = {}  # Digests of REMEMBERED, as last read or written.
+        self._digests: dict[str, str | None] = {}  # Digests of the files in REMEMBERED, as last read or written.
         self._lock: os.stat_result | None = None
         self._status: dict[str, Any] = {}  # the status, if it could not be written to status.json
 

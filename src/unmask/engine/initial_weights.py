@@ -25,7 +25,7 @@ from unmask.system.json_input import LARGEST, Outside, checked, read_json
 
 
 class PaletteFile(Outside):
-    """The part that training uses of a file of `unmask palette`. colours: (k, C) in the files' units."""
+    """The contents of a file of `unmask palette` that training uses. colours: (k, C) in the files' units."""
 
     colours: Annotated[list[Annotated[list[float], Field(min_length=1, max_length=64)]], Field(
         min_length=2, max_length=LARGEST

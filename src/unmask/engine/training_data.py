@@ -56,7 +56,7 @@ class TrainingRequest:
 def scan_source(source: Source, draft: Config, console: Console) -> tuple[Source, Scan]:
     """Scan as many files as the settings require. Raises DataError if too many files cannot be read.
 
-    Returns the source, decoded as it was in the scan, and the scan.
+    Return (the source, which decodes files as the scan did; the scan).
     """
     source = source.with_reading(draft.data.reading)
     checked = min(len(source), draft.data.scan_sample or len(source))

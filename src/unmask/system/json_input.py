@@ -56,7 +56,7 @@ def shortened(value: Any, most: int = 60) -> str:
 
 
 def read_object(text: str | bytes, where: str) -> dict[str, Any]:
-    """Parse a JSON object. Raises ForeignError for other values, and for more than MOST_BYTES."""
+    """Parse a JSON object. Raises ForeignError for other JSON values, and for texts longer than MOST_BYTES."""
     if len(text) > MOST_BYTES:
         raise ForeignError(f"{where}: got {len(text) >> 20} MiB of JSON; expected at most {MOST_BYTES >> 20} MiB")
     try:
