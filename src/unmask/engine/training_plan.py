@@ -80,7 +80,8 @@ class Plan(Settings):
 
     @model_serializer(mode="wrap")
     def _write_stored_names(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return {STORED_NAMES.get(key, key): value for key, value in serialize(self).items()}
+        tree: dict[str, Any] = serialize(self)
+        return {STORED_NAMES.get(key, key): value for key, value in tree.items()}
 
     @model_validator(mode="after")
     def _replans_in_order(self) -> Self:
