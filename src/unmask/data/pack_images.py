@@ -110,7 +110,7 @@ def pack(
 
     short_side: pixels to which longer short sides are shrunk; no image is enlarged. quality: JPEG quality, 1-100.
     workers: number of processes, None for one per core, 0 for this process. exclude: patterns of names to leave out.
-    The file appears under its name only after it was written and read back. Raises PackError.
+    The file gets the name `out` only after it was completely written and read back. Raises PackError.
     """
     console, out, start = console or Console(), Path(out), time.monotonic()
     if short_side < 1 or not 1 <= quality <= 100:

@@ -344,7 +344,7 @@ def test_list_with_missing_labels_is_rejected(tmp_path):
     assert "1 of 2 lines" in refusal(tmp_path / "list.txt")
 
 
-def test_missing_files_of_a_list_stay_rows_unless_all_are_missing(tmp_path):
+def test_missing_files_of_a_list_are_listed_unless_all_are_missing(tmp_path):
     put(tmp_path, "a.png")
     (tmp_path / "list.txt").write_text("a.png\ngone.png\n")
     source = open_source(tmp_path / "list.txt")

@@ -58,7 +58,7 @@ def test_labels_are_renumbered_on_a_copy(tmp_path):
     assert (test.classes, test.labels.tolist()) == (known[1:], [0, 0, 1, 1])
 
 
-def test_a_label_from_the_only_folder_is_set_on_a_copy(tmp_path):
+def test_require_labels_does_not_change_the_labels_of_its_source(tmp_path):
     write_images(tmp_path / "b", 2)
     source = open_source(tmp_path)
     assert source.labels is None

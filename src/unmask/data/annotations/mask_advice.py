@@ -22,7 +22,8 @@ VOID = re.compile(
     r"not labell?ed)\b"
 )
 SAMPLES, LONGEST_SIDE = 32, 1024  # Number of masks checked in detail, and their longest side after subsampling.
-SPARSE, FEWEST_SPARSE = 4, 16  # Ids are gray levels if the highest is at least 16 and 4 times their number.
+# Ids are gray levels if the highest id is at least 16 and at least 4 times the number of ids.
+SPARSE, FEWEST_SPARSE = 4, 16
 BORDERS = 0.9  # An id is probably void if `borders` returns at least this share.
 LEAST_CLASSES = 4  # With fewer classes, borders do not show which id is void.
 MOST_LEVELS = 16

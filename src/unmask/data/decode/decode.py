@@ -79,7 +79,7 @@ def decode(
     """Return (H, W, C) uint8, uint16 or float32, contiguous.
 
     at_least: (h, w) in displayed orientation; JPEGs are decoded at the smallest of 1/8, 1/4, 1/2 and full size that is
-    at least as large, a choice that depends only on the file and `at_least`.
+    not smaller than `at_least`; the choice depends only on the file and `at_least`.
     found: the header of `data`, if it was already read; `reading` is then ignored.
     tolerated: a list to which harmless faults are appended.
     Raises BadImage.
