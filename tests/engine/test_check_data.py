@@ -47,7 +47,7 @@ def test_number_of_images_is_exact_if_all_files_are_checked(images):
 
 def test_forecast_uses_the_plan_of_pretrain(images, tmp_path, monkeypatch):
     _, summary = check_data(str(images), Console(quiet=True), sample=None, workers=0)
-    monkeypatch.setattr(pretraining, "train_and_record", lambda *_: None)
+    monkeypatch.setattr("unmask.engine.start_run.train_and_record", lambda *_: None)
     run = pretraining.pretrain(images, out=tmp_path / "run")
     plan = run.read("plan.json")
     assert (summary["steps"], summary["reasons"]) == (plan["steps"], plan["reasons"])

@@ -275,7 +275,7 @@ def measure_cell(experiment: Experiment, cell: Cell, scan: Scan, device: str) ->
     """Count the FLOPs and parameters of a cell and, with a budget, measure its speed."""
     table, request, source = experiment.table, experiment.request, experiment.source
     config = draft_config(table, cell, request, source)
-    images, plan = training_data.prepare_images(training_data.TrainingRequest(source, scan, config, device))
+    images, plan = training_data.plan_training(training_data.TrainingRequest(source, scan, config, device))
     flops = count_flops(config, plan.images)
     seconds: Mapping[str, float] = {}
     if request.budget is not None:

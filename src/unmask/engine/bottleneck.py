@@ -23,7 +23,7 @@ from unmask.data.sources.tiff_samples import apply_reading
 from unmask.engine.device import choose_device
 from unmask.engine.measure import measure_step_seconds, with_loading
 from unmask.engine.resolve import choose_config, draft_config, reject_supervised, settings_with_options
-from unmask.engine.training_data import TrainingRequest, prepare_images, reject_bad_data
+from unmask.engine.training_data import TrainingRequest, plan_training, reject_bad_data
 from unmask.engine.training_plan import Plan
 
 LOOKED_AT = 128  # Number of files to scan before choosing the recipe.
@@ -138,7 +138,7 @@ def find_bottleneck(
     reject_bad_data(found, draft)
     source = found.applied_to(source)
     config, reasons, _ = choose_config(source, found, recipe=recipe, settings=settings, device=device, budget=None)
-    images, plan = prepare_images(TrainingRequest(source, found, config, device, reasons=reasons))
+    images, plan = plan_training(TrainingRequest(source, found, config, device, reasons=reasons))
     console.print(
         f"{source.name}: {len(source)} images, recipe {config.recipe}, batches of {plan.batch_size} on {device}, "
         f"images {'kept in memory' if plan.cached else 'read anew in every epoch'}"

@@ -22,7 +22,7 @@ from unmask.engine.training_data import (
     TrainingRequest,
     batch_seconds,
     odd_image_warnings,
-    prepare_images,
+    plan_training,
     skipped_files,
 )
 from unmask.errors import listed
@@ -165,7 +165,7 @@ def forecast(source: Source, found: Scan, console: Console, settings: list[str],
     )
     size = consequence(found.median_size, config.data.size, patch_of(config))
     console.print(size)
-    images, plan = prepare_images(TrainingRequest(source, found, config, device, reasons=reasons))
+    images, plan = plan_training(TrainingRequest(source, found, config, device, reasons=(size, *reasons)))
     load = batch_seconds(images, plan.batch_size, plan.workers, cached=plan.cached)
     compute = Timing.of(
         time_steps(
@@ -179,7 +179,7 @@ def forecast(source: Source, found: Scan, console: Console, settings: list[str],
     )
     timing = compute.with_loading(load, plan.workers)
     each, takes = timing.median, [duration(plan.steps * seconds) for seconds in timing]
-    print_plan(plan, config, console)
+    print_plan(plan, config, console, printed=(size,))
     console.print(f"recipe: {config.recipe} {' '.join(f'--set {item}' for item in proposals)}".rstrip())
     console.print(
         f"forecast on {device}: {timing.words()} a step, {plan.batch_size / each:.0f} images/s; {plan.steps} steps "
@@ -193,7 +193,7 @@ def forecast(source: Source, found: Scan, console: Console, settings: list[str],
     return {
         "recipe": config.recipe,
         "settings": proposals,
-        "reasons": [size, *plan.reasons],
+        "reasons": list(plan.reasons),
         "step_seconds": each,
         "step_seconds_range": list(timing[1:]),
         "steps": plan.steps,

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from unmask.batch import ImageSpec
 from unmask.config import Config, ConfigError
 from unmask.console import duration
+from unmask.data.decode.reading import EARLIER, Reading
 from unmask.engine.build import build_method
 from unmask.engine.device import choose_precision, free_memory
 from unmask.engine.measure import NO_TIME, Timing, bytes_per_image, time_steps
@@ -31,6 +32,7 @@ class DatasetFacts:
 
     spec: shape, dtype and statistics. num_images: number of training images. fingerprint: fingerprint of the source.
     excluded: rows of the source that are not used for training. num_test: number of test images of a supervised run.
+    test_rows, held_out, annotations_digest, reading: see `Plan`.
     """
 
     spec: ImageSpec
@@ -38,6 +40,10 @@ class DatasetFacts:
     fingerprint: str
     excluded: tuple[int, ...] = ()
     num_test: int = 0
+    test_rows: tuple[int, ...] = ()
+    held_out: tuple[int, ...] = ()
+    annotations_digest: str = ""
+    reading: Reading = EARLIER
 
 
 @dataclass(frozen=True)
@@ -209,6 +215,10 @@ def make_plan(
         images=dataset.spec,
         fingerprint=dataset.fingerprint,
         excluded=dataset.excluded,
+        test_rows=dataset.test_rows,
+        held_out=dataset.held_out,
+        annotations_digest=dataset.annotations_digest,
+        reading=dataset.reading,
         precision=precision,
         device=device,
         workers=loading.workers,
@@ -218,7 +228,6 @@ def make_plan(
         parameters=model.parameters,
         encoder_parameters=model.encoder_parameters,
         budget=None if budget is None else budget.seconds,
-        startup=0.0 if budget is None else budget.used(),
         reasons=(
             *reasons,
             *few_epochs(steps * batch_size, dataset.num_images, batch_size),

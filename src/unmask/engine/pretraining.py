@@ -1,7 +1,7 @@
-"""Pre-train on a folder of images: combine settings, scan files, make the plan, train.
+"""Pre-train on a folder of images: combine settings, scan files, and start the run.
 
 Settings are checked before any file is read, files are checked before the plan is made, and the plan is printed before
-the first step. The loop is in `engine/train.py`; `engine/continue_run.py` continues a run.
+the first step. `engine/start_run.py` makes the plan and trains; `engine/continue_run.py` continues a run.
 """
 
 from __future__ import annotations
@@ -9,46 +9,33 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-
 from unmask.config import Config, ConfigError, parse
 from unmask.console import Console
 from unmask.data.sources.open_source import open_source
-from unmask.data.sources.source import Source
 from unmask.data.sources.tiff_samples import apply_reading
-from unmask.engine import checkpoint, dataset_record, initial_weights
+from unmask.engine import initial_weights
 from unmask.engine.device import choose_device
-from unmask.engine.image_size import consequence
-from unmask.engine.job import TrainingInputs
-from unmask.engine.make_plan import few_steps
-from unmask.engine.plan_text import print_inputs, print_plan
 from unmask.engine.pretrain_options import PretrainOptions
-from unmask.engine.provenance import provenance
 from unmask.engine.resolve import (
     choose_config,
     config_of_run,
     draft_config,
-    patch_of,
-    reject_absurd_batch,
     reject_supervised,
     reject_two_sources_of_settings,
     resolve_config,
     settings_with_options,
 )
-from unmask.engine.run_training import train_and_record
+from unmask.engine.start_run import start_run
 from unmask.engine.time_budget import Budget, as_budget
 from unmask.engine.training_data import (
     TrainingRequest,
     odd_image_warnings,
-    prepare_images,
     scan_source,
     skipped_files,
 )
 from unmask.nn.default_dtype import float32_default
-from unmask.run import CONFIG, PLAN, PROVENANCE, Run
-from unmask.system.atomic_files import free_path
-from unmask.system.plain_names import default_folder
-from unmask.system.processes import reject_several_processes, require_main_guard
+from unmask.run import Run
+from unmask.system.processes import reject_several_processes
 
 
 @float32_default()
@@ -114,52 +101,3 @@ def settings_of(options: PretrainOptions, base: Config | None) -> list[str]:
         palette=options.palette,
         masks=options.masks,
     )
-
-
-def start_run(request: TrainingRequest, *, out: str | Path | None, console: Console) -> Run:
-    """Make the plan, create the run, and train. Raises UserError, TrainingFailed."""
-    source, found, config, split = request.source, request.scan, request.config, request.supervised
-    reject_absurd_batch(config, found.usable)
-    size = consequence(found.median_size, config.data.size, patch_of(config))
-    console.print(size)
-    images, plan = prepare_images(request)
-    if split is not None:
-        tested = () if split.test_rows is None else tuple(np.setdiff1d(split.test_rows, found.bad_rows).tolist())
-        plan = plan.model_copy(update={"test_rows": tested, "annotations_digest": split.annotations_digest})
-    if plan.cached:
-        images.keep_decoded()
-    if plan.workers:
-        require_main_guard()
-    initial_weights.require_grafts(config, plan.images)
-
-    if request.budget is not None:
-        plan = plan.model_copy(update={"startup": request.budget.used()})
-
-    def fill(run: Run) -> None:
-        checkpoint.check_space(run, (config.train.keep_checkpoints + 1) * 12 * plan.parameters)
-        dataset_record.write_record(run, source)
-        for row, bad in zip(found.bad_rows, found.bad, strict=True):
-            run.add_quarantine({"name": bad.name, "code": bad.code, "detail": bad.detail, "row": int(row)})
-
-    recorded = plan.model_copy(update={"reasons": (size, *plan.reasons)})  # the size has been reported already
-    files = {
-        CONFIG: config.model_dump(mode="json"),
-        PROVENANCE: provenance(plan) | initial_weights.licence(config),
-        PLAN: recorded.model_dump(mode="json"),
-    }
-    folder = out if out is not None else free_name(source, config)
-    with Run.begin(folder, files, fill=fill, log=console.print) as run:
-        print_plan(plan, config, console)
-        print_inputs(config, console)
-        if (warning := few_steps(plan)) is not None:
-            console.warn(warning)
-        supervise = None if split is None else split.supervise
-        train_and_record(
-            TrainingInputs(run=run, config=config, plan=recorded, images=images, console=console), supervise
-        )
-    return run
-
-
-def free_name(source: Source, config: Config) -> Path:
-    """Return runs/<data>-<recipe>, with a number appended if that folder exists."""
-    return free_path(default_folder(source.name, config.recipe))

@@ -1,4 +1,4 @@
-"""Prepare the images of a run: scan the source, hold images out, choose how to load them, and make the plan."""
+"""From a source to the plan of a run: scan the images, hold some out, choose how to load them, and make the plan."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class DataError(UserError):
 
 @dataclass(frozen=True)
 class TrainingRequest:
-    """The inputs of `prepare_images`: images, their scan, and the resolved settings.
+    """The inputs of `plan_training`: images, their scan, and the resolved settings.
 
     scan: scan of `source`. budget: time budget, or None if the settings determine the length. reasons: sentences that
     explain why the settings were chosen. supervised: the images of a supervised run, or None for pre-training.
@@ -108,12 +108,32 @@ def image_spec(found: Scan, config: Config) -> ImageSpec:
     )
 
 
-def prepare_images(request: TrainingRequest) -> tuple[ImageReader, Plan]:
-    """Return the reader of the training images, and the plan, before anything is written or cached."""
+def plan_training(request: TrainingRequest) -> tuple[ImageReader, Plan]:
+    """Choose the training images, measure memory and loading time, and return the reader of the images and the plan.
+
+    Nothing is written and no image is kept in memory yet.
+    """
+    config = request.config
+    images, facts, image_reasons = choose_images(request)
+    loading, loading_reasons = choose_loading(request, images)
+    plan = make_plan(
+        config,
+        facts,
+        loading,
+        request.device,
+        budget=request.budget,
+        reasons=(*request.reasons, *image_reasons, *loading_reasons),
+    )
+    return images, plan
+
+
+def choose_images(request: TrainingRequest) -> tuple[ImageReader, DatasetFacts, tuple[str, ...]]:
+    """Hold images out, and return the reader of the training images, the facts for the plan, and reasons for it."""
     source, found, config, split = request.source, request.scan, request.config, request.supervised
-    spec, reasons = image_spec(found, config), request.reasons
+    spec = image_spec(found, config)
     excluded = np.union1d(found.bad_rows, [] if split is None else split.held_out).astype(np.int64)
     rows = np.setdiff1d(np.arange(len(source)), excluded)
+    reasons: tuple[str, ...] = ()
     held_out_rows = held_out_for_loss(rows, config)
     if len(held_out_rows):
         excluded, rows = np.union1d(excluded, held_out_rows), np.setdiff1d(rows, held_out_rows)
@@ -124,27 +144,36 @@ def prepare_images(request: TrainingRequest) -> tuple[ImageReader, Plan]:
         reasons += (f"each image is decoded once in {images.repeats} epochs: data.repeats={images.repeats}",)
     if images.on_device:
         reasons += ("crops are resampled on the device: the setting data.resize",)
-    cached = config.data.cache
-    if cached is None:
-        cached = found.decoded_bytes * len(rows) <= config.data.cache_gib * 2**30
-    if cached:
-        reasons += (f"decoded images kept in memory: {found.decoded_bytes * len(rows) / 2**20:.0f} MiB",)
-    workers, why = choose_workers(request.device, cached=cached)
-    if config.data.workers is not None:
-        workers, why = config.data.workers, f"{config.data.workers} loader workers: the setting data.workers"
     if found.median_size[0] < spec.size[0] or found.median_size[1] < spec.size[1]:
         reasons += (f"most images are smaller than the model's {spec.size[0]} x {spec.size[1]} and will be enlarged",)
-    plan = make_plan(
-        config,
-        DatasetFacts(
-            spec, len(rows), source.fingerprint(), tuple(excluded.tolist()), num_test=split.num_test if split else 0
-        ),
-        LoadingPlan(workers, cached, lambda: batch_seconds(images, config.train.batch_size, workers, cached=cached)),
-        request.device,
-        budget=request.budget,
-        reasons=(*reasons, why),
+    test_rows = np.setdiff1d([] if split is None or split.test_rows is None else split.test_rows, found.bad_rows)
+    facts = DatasetFacts(
+        spec=spec,
+        num_images=len(rows),
+        fingerprint=source.fingerprint(),
+        excluded=tuple(excluded.tolist()),
+        num_test=0 if split is None else split.num_test,
+        test_rows=tuple(test_rows.astype(np.int64).tolist()),
+        held_out=tuple(held_out_rows.tolist()),
+        annotations_digest="" if split is None else split.annotations_digest,
+        reading=source.reading,
     )
-    return images, plan.model_copy(update={"reading": source.reading, "held_out": tuple(held_out_rows.tolist())})
+    return images, facts, reasons
+
+
+def choose_loading(request: TrainingRequest, images: ImageReader) -> tuple[LoadingPlan, tuple[str, ...]]:
+    """Return how to load `images`, and why. The loading time is measured only if a budget requires it."""
+    data, decoded_bytes = request.config.data, request.scan.decoded_bytes * len(images.rows)
+    cached = data.cache
+    if cached is None:
+        cached = decoded_bytes <= data.cache_gib * 2**30
+    workers, why = choose_workers(request.device, cached=cached)
+    if data.workers is not None:
+        workers, why = data.workers, f"{data.workers} loader workers: the setting data.workers"
+    memory = (f"decoded images kept in memory: {decoded_bytes / 2**20:.0f} MiB",) if cached else ()
+    batch_size = request.config.train.batch_size
+    loading = LoadingPlan(workers, cached, lambda: batch_seconds(images, batch_size, workers, cached=cached))
+    return loading, (*memory, why)
 
 
 def held_out_for_loss(rows: np.ndarray, config: Config) -> np.ndarray:

@@ -126,6 +126,10 @@ class Plan(Settings):
         """Return how many multiples of `every` steps of the original schedule lie within the first `step` steps."""
         return math.floor(self.place(step) / every + 1e-9)
 
+    def started(self, seconds: float) -> Plan:
+        """Return the plan of a run that begins when `seconds` of its budget are used. The length does not change."""
+        return self.model_copy(update={"startup": seconds})
+
     def replanned(self, step: int, steps: int) -> Plan:
         """Return the plan with `steps` steps in all, from optimiser step `step` on."""
         change = Replan(step=step, before=self.steps, steps=steps)

@@ -30,12 +30,12 @@ from unmask.engine import (
     continue_run,
     dataset_record,
     initial_weights,
-    pretraining,
     resolve,
     training_data,
 )
 from unmask.engine.device import choose_device
 from unmask.engine.load import read_config
+from unmask.engine.start_run import start_run
 from unmask.engine.supervision import SupervisedSplit, Supervision
 from unmask.engine.time_budget import Budget, as_budget
 from unmask.engine.training_plan import Plan
@@ -215,7 +215,7 @@ def finetune(
         reasons=reasons,
         supervised=split,
     )
-    done = pretraining.start_run(request, out=out, console=console)
+    done = start_run(request, out=out, console=console)
     report_result(done, console)
     return done
 
