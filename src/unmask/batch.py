@@ -55,8 +55,8 @@ class ImageSpec:
     def value_range(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Values per channel that are mapped to 0 and to 1, for methods that need pixels in [0, 1].
 
-        The values of 8-bit images are 0 and 255. Other images seldom use the whole range of their dtype, so for them
-        the values are the mean minus and plus two standard deviations.
+        For 8-bit images, the range is 0 to 255. Other images seldom use the whole range of their dtype, so their range
+        is the mean minus and plus two standard deviations.
         """
         if self.dtype == "uint8":
             return (0.0,) * self.channels, (255.0,) * self.channels

@@ -1,4 +1,4 @@
-"""Options of verbs alone that several verbs share, and the conversion of their values."""
+"""Options that several verbs share but no function below the verbs declares, and the conversion of their values."""
 
 import time
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""The options of pre-training. Does not import torch."""
+"""The options of pre-training. This module does not import torch."""
 
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path

@@ -24,7 +24,7 @@ AIM = 0.96  # Share of the budget that the command should take.
 LATE, EARLY = (
     0.015,
     0.03,
-)  # By these shares of the budget, a forecast may be late or early before the number of steps changes.
+)  # The number of steps changes if the forecast is late or early by more than this share of the budget.
 LOOK = 0.01  # Time between two decisions, as a share of the budget.
 WINDOW = 0.15  # Time over which speed is measured, as a share of the budget; at most half of the time left.
 ASIDE_SHARE = 0.2  # Maximum share of the budget for evaluations and pictures.

@@ -1,4 +1,4 @@
-"""Read facts of a module without importing it, for lists of files that are options of a command."""
+"""Read the docstring and constants of a module without importing the module, for the help texts of options."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from pathlib import Path
 
 
 def first_line(module: str) -> str:
-    """Return the first line of a module's docstring, "" without one. module: full name; its packages are imported."""
+    """Return the first line of a module's docstring, or "" if it has none. module: full name of the module."""
     return (ast.get_docstring(_parsed(module)) or "").partition("\n")[0]
 
 
 def class_constant(module: str, name: str) -> str | None:
-    """Return the text that a class of the module assigns to `name` in its body, None if no class does."""
+    """Return the text that a class of the module assigns to `name` in its body, or None without such a class."""
     for each in _parsed(module).body:
         for line in each.body if isinstance(each, ast.ClassDef) else ():
             targets = line.targets if isinstance(line, ast.Assign) else ()
