@@ -37,9 +37,15 @@ def name_in_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.filename is None and error.errno is not None:
+        temporary = error.filename is not None and _is_temporary(Path(str(error.filename)), path)
+        if (error.filename is None and error.errno is not None) or temporary:
             error.filename = str(path)
         raise
+
+
+def _is_temporary(file: Path, path: Path) -> bool:
+    """Return whether `file` is a hidden file or folder beside `path`, as is written before it is renamed to `path`."""
+    return file.name.startswith(".") and file.parent == path.parent
 
 
 class LoadingFailed(TrainingFailed):

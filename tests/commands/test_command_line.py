@@ -1,16 +1,20 @@
 """Test the command line: one-line errors, exit codes, and JSON on stdout."""
 
+import errno
 import json
 import os
 import re
 import subprocess
 import sys
 from importlib import metadata
+from pathlib import Path
 
 import pytest
 from conftest import small, write_images
 
 from unmask import commands
+from unmask.commands import explain
+from unmask.errors import name_in_errors
 
 VERBS = [
     "demo", "check", "pretrain", "import", "export", "palette", "resume", "finetune", "predict", "reconstruct", "probe",
@@ -217,6 +221,30 @@ def test_error_for_a_setting_given_as_option_suggests_set(unmask, option, key):
     code, out, err = unmask("pretrain", "shapes", option, "1")
     assert (code, out) == (2, "")
     assert f"--set {key}=VALUE" in err
+
+
+@pytest.mark.parametrize(
+    ("command", "hint"),
+    [
+        ("probe run data --shot 5", "--shots"), ("pretrain data --budgett 2m", "--budget"),
+        ("pretrain data --output run", "--out"), ("probe run data --linear", "--kind linear"),
+        ("pretrain data --Recipe mae_nano", "--recipe"),
+    ],
+)  # fmt: skip
+def test_error_for_a_misspelt_option_suggests_the_nearest(unmask, command, hint):
+    code, out, err = unmask(*command.split())
+    assert (code, out) == (2, "")
+    assert f"Did you mean {hint}?" in err
+    assert "--set" not in err
+
+
+def test_error_for_an_output_without_permission_names_the_output(capfd):
+    with pytest.raises(PermissionError) as denied, name_in_errors(Path("/folder/out.npz")):
+        raise PermissionError(errno.EACCES, "Permission denied", "/folder/.out.npz.partial")
+    assert explain(denied.value) == 2
+    assert capfd.readouterr().err == (
+        "error: /folder/out.npz: Permission denied; choose another path, or change its permissions\n"
+    )
 
 
 def test_hint_for_lr_explains_the_scaling_with_the_batch_size(unmask):

@@ -189,3 +189,8 @@ def test_budget_of_a_python_call_counts_from_the_call(folder, monkeypatch, cli):
     with pytest.raises(UserError, match="enough"):
         unmask.pretrain("images", budget="30m", console=QUIET)
     assert (seen[0].seconds, seen[0].began) == (1800, 1e9)
+
+
+def test_python_functions_suggest_the_nearest_keyword():
+    with pytest.raises(TypeError, match=r"unexpected keyword argument 'budgett'; did you mean budget\?"):
+        unmask.pretrain("shapes", budgett="30m")

@@ -697,6 +697,14 @@ def test_importing_an_export_restores_metadata_that_the_format_lacks(tmp_path, o
     assert load(import_weights(other / out.name, tmp_path / "third").path).licence == "only on Sundays"
 
 
+@pytest.mark.parametrize("to", ["timm", "official"])
+def test_importing_an_export_restores_the_size_of_oblong_images(tmp_path, to):
+    make(tmp_path / "run", "mae", size=(16, 24))
+    export_run(tmp_path / "run", to, out := tmp_path / f"out{find_target(to).suffix}")
+    again = load(import_weights(out, tmp_path / "again").path)
+    assert again.plan.images.size == (16, 24)
+
+
 @pytest.mark.parametrize("method", ["mae", "beit", "igpt", "segment"])
 def test_a_safetensors_export_is_imported_with_all_its_settings(tmp_path, method):
     out, _ = exported(tmp_path, "safetensors", method)

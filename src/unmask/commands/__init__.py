@@ -6,6 +6,7 @@ failed, 2 bad usage or input, 75 stopped on request and resumable, 130 interrupt
 """
 
 # No `from __future__ import annotations` here: typer needs the annotations as objects, not as strings.
+import difflib
 import importlib
 import os
 import pkgutil
@@ -24,6 +25,7 @@ from unmask.commands.declare import FAILED, STOPPED, USAGE, Command, Panel
 from unmask.commands.trained_run import is_unfinished
 from unmask.console import escape_controls
 from unmask.errors import TrainingFailed, UserError
+from unmask.option import options_of
 from unmask.run import RunInUse, held_here
 from unmask.system.output_sinks import install
 from unmask.system.shell_command import as_shell_command
@@ -165,8 +167,10 @@ def explain(error: Exception) -> int:
         return _explain_usage(error)
     if isinstance(error, RunInUse):  # 75, because scripts can retry when the other process has finished
         message, code = str(error), STOPPED
-    elif isinstance(error, UserError | FileNotFoundError | PermissionError | IsADirectoryError | NotADirectoryError):
+    elif isinstance(error, UserError):
         message, code = str(error), USAGE
+    elif isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError | NotADirectoryError):
+        message, code = _explain_path(error), USAGE
     elif isinstance(error, TrainingFailed):
         message, code = str(error), FAILED
     elif type(error).__name__ == "OutOfMemoryError":
@@ -182,11 +186,19 @@ def explain(error: Exception) -> int:
     return code
 
 
+def _explain_path(error: OSError) -> str:
+    """Return a message about a path that cannot be used, without the number of the error."""
+    if error.filename is None or error.strerror is None:
+        return str(error)
+    remedy = "; choose another path, or change its permissions" if isinstance(error, PermissionError) else ""
+    return f"{error.filename}: {error.strerror}{remedy}"
+
+
 def _explain_usage(error: Any) -> int:
     """Print one of click's usage errors, with a hint for a renamed option or for an option that is a setting."""
     if isinstance(message := getattr(error, "message", None), str):
         error.message = escape_controls(message)
-    hint = _renamed_option(error) or _hint_for_option(error)
+    hint = _renamed_option(error) or _nearest_option(error) or _hint_for_option(error)
     if hint and hasattr(error, "possibilities"):
         error.possibilities = None  # show our hint instead of the similar names that click suggests
     error.show()
@@ -202,6 +214,23 @@ def _renamed_option(error: Any) -> str:
         return ""
     now = declared(context.info_name).renamed.get(str(option))
     return "" if now is None else f"got {option}; expected {now}, its new name"
+
+
+def _nearest_option(error: Any) -> str:
+    """Return a hint with the verb's options of similar names, or whose choices include the name; "" for others."""
+    option, context = getattr(error, "option_name", None), getattr(error, "ctx", None)
+    if not option or context is None or context.info_name not in verb_files():
+        return ""
+    wrong = str(option).lstrip("-").lower()
+    flags = [flag for parameter in context.command.params for flag in parameter.opts if flag.startswith("--")]
+    names = [flag.removeprefix("--") for flag in flags]
+    close = difflib.get_close_matches(wrong, names, 2, 0.8)
+    close += [name for name in names if len(name) > 2 and (wrong.startswith(name) or name.startswith(wrong))]
+    hints = [f"--{name}" for name in dict.fromkeys(close)]
+    for each in options_of(declared(context.info_name).request):
+        if each.option.choices is not None and wrong in each.option.choices():
+            hints.append(f"{each.flag} {wrong}")
+    return f"Did you mean {' or '.join(hints)}?" if hints else ""
 
 
 def _hint_for_option(error: Exception) -> str:

@@ -28,6 +28,7 @@ from functools import update_wrapper
 from typing import Any, ParamSpec, TypeVar
 
 from unmask.console import Console
+from unmask.errors import nearest
 from unmask.option import Options, options_of
 
 DONE, FAILED, USAGE, STOPPED = 0, 1, 2, 75
@@ -98,6 +99,9 @@ def command(
         verb = Command(request, call, panel, **more)  # type: ignore[arg-type]
 
         def with_keywords(*args: P.args, **kwargs: P.kwargs) -> T:
+            if unknown := [name for name in kwargs if name not in with_keywords.__signature__.parameters]:  # type: ignore[attr-defined]
+                hint = nearest(unknown[0], with_keywords.__signature__.parameters)  # type: ignore[attr-defined]
+                raise TypeError(f"{call.__name__}() got an unexpected keyword argument {unknown[0]!r}; {hint}")
             asked = request(*args, **kwargs)
             return call(asked, asked.console or Console())
 

@@ -70,21 +70,19 @@ def _write_features(
     texts = {"name": names} | ({"label": labels} if labels is not None else {})
     vectors = {name: value for name, value in (("cls", cls), ("mean", mean)) if value is not None}
     partial = out.with_name(f".{out.name}.partial")  # renamed when complete
-    try:
-        if out.suffix == ".npz":
-            with (
-                name_in_errors(out),
-                partial.open("wb") as file,
-            ):  # np.savez sets all dates to 1980-01-01: reproducible
-                np.savez(file, **{name: np.array(text) for name, text in texts.items()}, **vectors)  # type: ignore[arg-type]
-        else:
-            import pyarrow as pa
-            import pyarrow.parquet as pq
+    with name_in_errors(out):
+        try:
+            if out.suffix == ".npz":
+                with partial.open("wb") as file:  # np.savez sets all dates to 1980-01-01: reproducible
+                    np.savez(file, **{name: np.array(text) for name, text in texts.items()}, **vectors)  # type: ignore[arg-type]
+            else:
+                import pyarrow as pa
+                import pyarrow.parquet as pq
 
-            columns: dict[str, Any] = dict(texts)
-            for name, value in vectors.items():
-                columns[name] = pa.FixedSizeListArray.from_arrays(pa.array(value.reshape(-1)), value.shape[1])
-            pq.write_table(pa.table(columns), partial, compression="zstd")
-        partial.replace(out)
-    finally:
-        partial.unlink(missing_ok=True)
+                columns: dict[str, Any] = dict(texts)
+                for name, value in vectors.items():
+                    columns[name] = pa.FixedSizeListArray.from_arrays(pa.array(value.reshape(-1)), value.shape[1])
+                pq.write_table(pa.table(columns), partial, compression="zstd")
+            partial.replace(out)
+        finally:
+            partial.unlink(missing_ok=True)

@@ -50,11 +50,13 @@ def imported(module: str, attribute: str = "", package: str = "") -> Any:
 def export_metadata(loaded: Loaded) -> str:
     """Return the metadata that other formats do not store, as JSON for the header of the file.
 
-    `unmask import` reads it: normalisation, crop, number of heads, names of classes, licence.
+    `unmask import` reads it: image size, normalisation, crop, number of heads, names of classes, licence.
     """
     images, settings = loaded.plan.images, loaded.config.method.model_dump()
     heads = {part: settings[part]["heads"] for part in ("encoder", "decoder") if "heads" in (settings.get(part) or {})}
-    known = {"mean": images.mean, "std": images.std, "heads": heads, "licence": loaded.licence}
+    known = {
+        "size": images.size, "mean": images.mean, "std": images.std, "heads": heads, "licence": loaded.licence,
+    }  # fmt: skip
     names = {"target": settings.get("target"), "classes": settings.get("classes")}
     shared = (settings.get("encoder") or {}).get("relative_bias") is True
     more = {"eval_share": loaded.config.data.crop.eval_share, "shared_bias": shared}

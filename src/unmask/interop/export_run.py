@@ -42,7 +42,8 @@ def export_run(
     console.print(f"{run} at step {loaded.step}: {exported.what}")
     for note in exported.notes:
         console.print(f"  {note}")
-    staging = Path(tempfile.mkdtemp(prefix=".export-", dir=out.parent))
+    with name_in_errors(out):
+        staging = Path(tempfile.mkdtemp(prefix=".export-", dir=out.parent))
     try:
         staged = staging / out.name
         with name_in_errors(out):

@@ -58,16 +58,19 @@ def with_export_metadata(found: Recognised, exported: ExportMetadata) -> Recogni
     for part, heads in exported.heads.items():
         if part in method:
             method[part] = {**method[part], "heads": heads}
-    notes = found.notes
+    notes, grid = found.notes, found.grid
+    if exported.size is not None:
+        rows, columns = (side // patch for side, patch in zip(exported.size, found.patch, strict=True))
+        grid = (rows, columns) if rows * columns == found.places else grid
     if method["name"] == "classify" and exported.classes:
         method["classes"] = exported.classes
     if method["name"] == "mae" and exported.target in ("norm_pixels", "pixels"):
         method["target"] = exported.target
         notes = tuple(note for note in notes if not note.startswith("the decoder is taken to predict"))
     return replace(
-        found, method=method, notes=notes, kind=f"{found.kind}, exported by unmask", eval_share=exported.eval_share,
-        mean=tuple(exported.mean), std=tuple(exported.std), statistics="from the exported run",
-        licence=exported.licence or UNSTATED,
+        found, method=method, notes=notes, grid=grid, kind=f"{found.kind}, exported by unmask",
+        eval_share=exported.eval_share, mean=tuple(exported.mean), std=tuple(exported.std),
+        statistics="from the exported run", licence=exported.licence or UNSTATED,
     )  # fmt: skip
 
 

@@ -69,9 +69,9 @@ def import_weights(
     except ForeignError as error:
         raise ForeignError(f"{source}: {error}") from None
     found = replace(found, notes=(*found.notes, *describe_arguments(read)))
-    console.print(f"{source}: {found.name}")
     if read.metadata.exported is not None:
         found = with_export_metadata(found, read.metadata.exported)
+    console.print(f"{source}: {found.name}")
     found = require_heads(choose_method(found, settings, None if tokenizer is None else Path(tokenizer)), settings)
     if tokenizer is not None and found.method["name"] == "beit":
         found = with_tokenizer(found, Path(tokenizer))

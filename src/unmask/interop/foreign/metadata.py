@@ -102,6 +102,7 @@ class ExportMetadata(Outside):
     target: str | None = None
     classes: Annotated[list[str], Field(max_length=LARGEST)] | None = None
     shared_bias: bool = False
+    size: tuple[Size, Size] | None = None
 
 
 class TrainingArguments(Outside):

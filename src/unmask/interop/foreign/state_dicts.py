@@ -57,19 +57,22 @@ class Recognised:
         encoder, size = self.method["encoder"], ""
         if self.grid is not None:
             height, width = (cells * side for cells, side in zip(self.grid, self.patch, strict=True))
-            size = f" at {height}" if height == width else f" at {height} x {width}"
+            size = f"{height}" if height == width else f"{height} x {width}"
         if "codes" in encoder:
             return f"{self.kind}: {encoder['codes']} codes, width {encoder['width']}"
         if "colours" in encoder:
-            return f"{self.kind}: {encoder['depth']} x {encoder['width']}, {encoder['colours']} colours{size}"
+            at = f" at {size}" if size else ""
+            at = f" at {size}" if size else ""
+            return f"{self.kind}: {encoder['depth']} x {encoder['width']}, {encoder['colours']} colours{at}"
         patch = f"{self.patch[0]}" if self.patch[0] == self.patch[1] else f"{self.patch[0]}x{self.patch[1]}"
         known = SIZES.get((encoder["width"], encoder["depth"]))
-        model = f"ViT-{known}/{patch}" if known else f"ViT {encoder['depth']} x {encoder['width']}, patch {patch},"
+        model = f"ViT-{known}/{patch}" if known else f"ViT {encoder['depth']} x {encoder['width']}, patch {patch}"
         decoder = self.method.get("decoder")
         more = f", decoder {decoder['depth']} x {decoder['width']}" if decoder else ""
         if classes := self.method.get("classes"):
             more = f", {len(classes)} classes"
-        return f"{self.kind}: {model}{size}{more}"
+        joined = "" if not size else f" at {size}" if known else f", at {size}"
+        return f"{self.kind}: {model}{joined}{more}"
 
 
 @dataclass

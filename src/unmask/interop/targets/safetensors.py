@@ -32,7 +32,7 @@ def to_safetensors(loaded: Loaded) -> ExportedModel:
     return ExportedModel(
         what=f"the whole method ({loaded.config.method.name}) under its own names",
         library="unmask",
-        load="from unmask.one_file import open_safetensors\n\nmethod = open_safetensors(PATH)",
+        load="import unmask\n\nmethod = unmask.open_safetensors(PATH)",
         returns="`method.encoder(images)` accepts images in the files' own units and returns `.cls` and `.patches`.",
         write=lambda path: write_safetensors(path, weights_of(loaded.method), {HEADER: json.dumps(header)}),
         check=check,
