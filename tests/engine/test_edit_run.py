@@ -41,7 +41,7 @@ def run(trained, tmp_path):
     ("setting", "message"),
     [
         ("data.size=[32,32]", "the weights were trained with this setting"),
-    ("method.encoder.heads=1", "trained with this setting"),
+        ("method.encoder.heads=1", "trained with this setting"),
         ("train.seed=3", "the order of the images"), ("data.source=x", "keeps its images"),
         ("data.nodata=0", "trained with this setting"), ("data.alpha=drop", "trained with this setting"),
         ("data.pages=first", "trained with this setting"), ("data.axes=CHW", "trained with this setting"),
