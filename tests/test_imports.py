@@ -127,7 +127,7 @@ def test_package_is_importable_beside_a_folder_of_its_name(tmp_path):
 
 
 def test_package_init_files_are_empty_and_nothing_imports_the_root():
-    for path in (ROOT / "unmask").glob("*/__init__.py"):
+    for path in (ROOT / "unmask").glob("*/**/__init__.py"):
         assert path.parent.name == "commands" or not path.read_text().strip(), f"{path} should be empty"
     for path in (ROOT / "unmask").rglob("*.py"):
         for line in path.read_text().splitlines():

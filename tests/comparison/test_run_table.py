@@ -699,6 +699,7 @@ def test_a_plan_of_an_earlier_version_can_be_read(tmp_path):
     Run(tmp_path).write("ablation.json", plan)
     found = load_plan(tmp_path)
     assert found.asked == TableRequest(table="1a", data="birds", recipe="mae_nano")
-    assert found.base_cell.paper.linear == 73.5
-    assert found.base_cell.training_flops == 9
-    assert found.base_cell.run_name(1) == "depth-8-seed-1"
+    base = next(cell for cell in found.cells if cell.base)
+    assert base.paper.linear == 73.5
+    assert base.training_flops == 9
+    assert base.run_name(1) == "depth-8-seed-1"

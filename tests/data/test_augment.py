@@ -218,10 +218,14 @@ def test_most_fractional_boxes_use_the_fast_kernel_and_agree_with_pillow(channel
 def test_as_many_samples_as_pixels_are_still_resampled(first, height, width):
     """The kernel does not resample an axis if input and output have the same length, even if the step is not 1."""
     image = picture(80, 70, 3, seed=0)
+    compared = 0
     for size in range(20, 80):
         found = _cut_from_pixels(image, (first, 3.0, height, width), (size, 33))
         wanted = _cut_fractions(image, (first, 3.0, height, width), (size, 33))
-        assert found is None or np.abs(found - wanted.astype(float)).mean() < 2
+        if found is not None:
+            assert np.abs(found - wanted.astype(float)).mean() < 2
+            compared += 1
+    assert compared > 10
 
 
 @pytest.mark.parametrize("box", [[4, 6, 30, 36], [4.5, 6, 30, 36], [4, 6, 16, 20]])

@@ -44,10 +44,6 @@ def same(a, b):
 # Creation
 
 
-class Killed(BaseException):
-    """An exception after which nothing is cleaned up, as after SIGKILL."""
-
-
 def files(folder):
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 

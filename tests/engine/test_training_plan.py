@@ -127,8 +127,9 @@ def test_evaluations_count_in_a_budget_and_become_rarer_if_slow(num_test, wanted
     test = 0.5 * each / 12 * num_test * (1 if average == "none" else 2)
     tests = -(-steps // every) + 1
     assert steps * each + tests * test <= BUDGET_SHARE * budget + test
-    assert every == (wanted or every)
-    if wanted is None:
+    if wanted is not None:
+        assert every == wanted
+    else:
         assert tests <= 11
         assert tests * test <= 0.15 * budget or tests == 2
         assert num_test > 10 or tests == 11

@@ -196,7 +196,6 @@ def test_data_that_cannot_be_probed_is_rejected():
         require_classes(CLASSES[:1])
     with pytest.raises(ValueError, match="got probe kind 'Knn'; expected attentive, knn, linear or rankme"):
         require_kind("Knn")
-    require_kind("paper-linear", ("paper-linear",))
     assert kind_names() == ["attentive", "knn", "linear", "rankme"]
 
 

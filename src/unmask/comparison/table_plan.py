@@ -130,11 +130,6 @@ class TablePlan:
     command: str = ""
     time: str = ""
 
-    @property
-    def base_cell(self) -> PlannedCell:
-        """The cell that the others are compared with."""
-        return next(cell for cell in self.cells if cell.base)
-
     def runs_of(self, cell: PlannedCell) -> range:
         """Return the seeds of a cell; a shared run is trained only once."""
         return range(1 if cell.shared else self.asked.seeds)

@@ -1,8 +1,8 @@
 """Check that a run's images, masks and test images have not changed since the run began, and record changes.
 
-A run keeps a record of each data set that it reads (`data/identity.py`): RUN/data.arrays for its training images, and
-for a supervised run also masks.arrays, test.arrays and test-masks.arrays. Runs of earlier versions have no record. For
-them, the names and sizes in the plan are compared, and a record is written afterwards. If the record was lost or
+A run keeps a record of each data set that it reads (`data/scan/identity.py`): RUN/data.arrays for its training images,
+and for a supervised run also masks.arrays, test.arrays and test-masks.arrays. Runs of earlier versions have no record.
+For them, the names and sizes in the plan are compared, and a record is written afterwards. If the record was lost or
 damaged later, this counts as a difference, because replaced files of the same size could not be detected without it.
 """
 

@@ -1,4 +1,4 @@
-"""Data classes of the training loop: its inputs, the objects that it uses, its position, and one step."""
+"""What the modules of the training loop share: its inputs, objects and position, and how it logs rows and faults."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ def recipe_costs(recipe: str, *, settings: Sequence[str] = (), gpus: int | None 
             "training": flops.training,
             **redundant_compute(method, flops),
         },
-        "ratios": ratios(config, method, flops),
+        "ratios": ratios(method, flops),
         **batches,
     }
 
@@ -97,7 +97,7 @@ def redundant_compute(method: Method, flops: Flops) -> dict[str, int]:
     }
 
 
-def ratios(config: Config, method: Method, flops: Flops) -> dict[str, float]:
+def ratios(method: Method, flops: Flops) -> dict[str, float]:
     """Return ratios that show how much compute masking saves, or {} if the encoder processes all patches or there is no
     decoder.
 

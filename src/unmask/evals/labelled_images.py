@@ -1,7 +1,7 @@
 """Open the labelled images of a probe, split them into training and test images, and draw labels.
 
-Labels are folder names, or columns of a table (`data/label_tables.py`). The split and the draw of labels depend only on
-the seed and the images' rows. Images are decoded later, in `evals/feature_sets.py`.
+Labels are folder names, or columns of a table (`data/annotations/label_tables.py`). The split and the draw of
+labels depend only on the seed and the images' rows. Images are decoded later, in `evals/images.py`.
 
 Letters: n training images, T target columns.
 """

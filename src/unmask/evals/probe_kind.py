@@ -125,9 +125,9 @@ def kind_descriptions() -> dict[str, str]:
     return {name: line.partition(": ")[2] or line for name, line in lines.items()}
 
 
-def require_kind(name: str, also: Sequence[str] = ()) -> None:
-    """Raise UserError for an unknown kind of probe. also: kinds that are implemented elsewhere."""
-    if name not in (known := [*kind_names(), *also]):
+def require_kind(name: str) -> None:
+    """Raise UserError for an unknown kind of probe."""
+    if name not in (known := kind_names()):
         raise UserError(f"got probe kind {name!r}; expected {', '.join(known[:-1])} or {known[-1]}")
 
 

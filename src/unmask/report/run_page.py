@@ -158,7 +158,8 @@ def _facts(plan: Mapping[str, Any], status: RunStatus, trained: Sequence[Row]) -
     """Return (name, value) pairs for the head of the page."""
     facts = []
     if status.state:
-        facts.append(("state", f"{status.shown_state} at step {status.step:,} of {plan.get('steps', '?')}"))
+        slow = ": the process is alive, but has finished no step for minutes" if status.health() == "slow" else ""
+        facts.append(("state", f"{status.shown_state} at step {status.step:,} of {plan.get('steps', '?')}{slow}"))
     if plan:
         images = plan["images"]
         size = " x ".join(str(side) for side in images["size"])

@@ -41,18 +41,11 @@ def checked(kind: type[Parsed], value: Any, where: str, fix: str = GET_AGAIN) ->
         ) from None
 
 
-def settings_of(kind: type[BaseModel], value: Any, where: str) -> dict[str, Any]:
-    """Validate `value` with the model `kind` and return the keys of the model that are not null.
-
-    Raises ForeignError.
-    """
-    return checked(kind, value, where).model_dump(exclude_none=True)
-
-
-def shortened(value: Any, most: int = 60) -> str:
+def shortened(value: Any) -> str:
+    """Return a value of a JSON file for a message, in at most 60 characters."""
     text = repr(value) if isinstance(value, (str, int, float, bool)) else f"a {type(value).__name__}"
     text = "null" if value is None else text
-    return text if len(text) <= most else f"{text[:most]}..."
+    return text if len(text) <= 60 else f"{text[:60]}..."
 
 
 def read_object(text: str | bytes, where: str) -> dict[str, Any]:
