@@ -110,7 +110,8 @@ def ranking(rows: Sequence[RankedRun], metric: str = ACCURACY, kind: str = "") -
     """
     first, *others = rows
     pool = pool_title(kind, first.score.pool)
-    text = f"{first.name} scores highest with {show_score(first.score.value, metric)} ({pool})"
+    shared = ", the pooling that every encoder has" if first.score.pool == "mean" else ""
+    text = f"{first.name} scores highest with {show_score(first.score.value, metric)} ({pool}{shared})"
     if first.score.low is None or first.score.high is None:
         return text
     best = single_run(first.score)

@@ -231,7 +231,7 @@ def make_plan(
         reasons=(
             *reasons,
             *few_epochs(steps * batch_size, dataset.num_images, batch_size),
-            why_steps,
+            *(() if any(why.startswith(f"{steps} steps:") for why in reasons) else (why_steps,)),
             why_micro,
             why_precision,
             f"peak learning rate {peak:.3g}: base {config.optim.base_lr:.3g} x batch {batch_size} / 256",

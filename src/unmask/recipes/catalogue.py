@@ -167,7 +167,8 @@ def choose(
         reasons.append("mae_nano: small images")
     elif device == "cpu":
         name, patch, small = "mae_nano", 8, 64
-        reasons.append("mae_nano at 64 pixels: without a GPU, images and model are small")
+        at = " at 64 pixels" if size is None else ""
+        reasons.append(f"mae_nano{at}: without a GPU, images and model are small")
     elif side < 160 or num_images < 20_000:
         name, patch, small = "mae_tiny", 8, 96 if side >= 96 else round(side / 8) * 8
         reasons.append("mae_tiny: small images" if side < 160 else "mae_tiny: fewer than 20,000 images")
@@ -202,11 +203,9 @@ def choose(
     while batch > 16 and batch * 8 > num_images:
         batch //= 2
     if batch != base.train.batch_size:
-        propose(
-            "train.batch_size",
-            batch,
-            f"batch {batch}: an epoch of {num_images} images has at least eight steps",
-        )
+        enough = batch * 8 <= num_images
+        why = f"an epoch of {num_images} images has at least eight steps" if enough else f"only {num_images} images"
+        propose("train.batch_size", batch, f"batch {batch}: {why}")
     epochs = base.train.epochs or 100
     if epochs * num_images / batch < FEWEST_STEPS:
         updates = f"{epochs * num_images / batch:.0f}"

@@ -163,8 +163,12 @@ def _facts(plan: Mapping[str, Any], status: RunStatus, trained: Sequence[Row]) -
     if plan:
         images = plan["images"]
         size = " x ".join(str(side) for side in images["size"])
+        kind = f"{images['channels']} channels, {images['dtype']}"
         facts += [
-            ("images", f"{plan['num_images']:,} of {size} pixels, {images['channels']} channels, {images['dtype']}"),
+            (
+                "images",
+                f"{plan['num_images']:,}, trained at {size} pixels, {kind}",
+            ),
             ("encoder", f"{plan['encoder_parameters'] / 1e6:.2f} M parameters"),
             (
                 "training",
