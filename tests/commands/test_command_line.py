@@ -136,7 +136,7 @@ def test_invalid_use_of_a_run_gives_a_one_line_error(unmask, run_folder, images,
         (["reconstruct", "run", unlabelled, "--out", "picture.txt"], "ends in .png"),
         (["reconstruct", "run", unlabelled, "--step", "99"], "has no checkpoint of step 99; it has "),
         (["embed", "run", unlabelled, "--out", "f.csv"], "ends in .parquet or .npz"),
-        (["embed", "run", unlabelled, "--out", "nofolder/f.npz"], "does not exist; make it first"),
+        (["embed", "run", unlabelled, "--out", "nofolder/f.npz"], "does not exist; create it first"),
         (["probe", "run", unlabelled], "has no class labels; put the images of each class into a sub-folder"),
         (
             ["probe", "run", labelled, "--kind", "forest"],

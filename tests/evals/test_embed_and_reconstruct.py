@@ -246,7 +246,7 @@ def test_a_failed_write_leaves_no_files(trained, images, tmp_path, monkeypatch):
 def test_bad_outputs_are_rejected_before_the_run_is_read(tmp_path):
     with pytest.raises(ValueError, match=r"ends in .parquet or .npz"):
         embed(tmp_path / "no run", tmp_path, tmp_path / "a.csv")
-    with pytest.raises(ValueError, match="does not exist; make it first"):
+    with pytest.raises(ValueError, match="does not exist; create it first"):
         embed(tmp_path / "no run", tmp_path, tmp_path / "no" / "a.npz")
 
 

@@ -20,16 +20,17 @@ from unmask.evals.probes.linear import fit_linear
 from unmask.results import CLASSES, METRICS, MULTILABEL, LayerChoice, show_score
 
 C_FOR_LAYERS = 0.1
-ENOUGH_PREDICTIONS = 500  # number of held-out predictions that ends the rounds
+ENOUGH_PREDICTIONS = 500  # with this many held-out predictions, no further fifth is held out
 
 
 def choose_layer(tables: Sequence[FeatureTable], y: np.ndarray, *, task: str, seed: int) -> LayerChoice:
-    """Return the layer with the best mean over patches: probes are fitted on 4/5 of the images, scored on the rest.
+    """Return the layer on whose features (the mean over patches) linear probes score best.
 
-    tables: the features of every layer for the same images, whose targets are `y`. Layers are always compared with
-    linear probes, so that all kinds of probe use the same layer. With few images, the comparison is repeated up to five
-    times with another held-out fifth. For classes, C is the same for all layers: choosing it on few images would add
-    more noise than the difference between layers. Raises UserError for too few images.
+    Probes are fitted to 4/5 of the images and scored on the rest. tables: the features of every layer for the same
+    images, whose targets are `y`. Layers are always compared with linear probes, so that all kinds of probe use the
+    same layer. With few images, the comparison is repeated up to five times, each time with another held-out fifth. For
+    classes, C is the same for all layers: choosing it on few images would add more noise than the difference between
+    layers. Raises UserError if there are too few images to hold out a part of them.
     """
     strata = y if task == CLASSES else np.zeros(len(y), np.int64)
     rounds: list[list[float]] = []
@@ -56,7 +57,7 @@ def choose_layer(tables: Sequence[FeatureTable], y: np.ndarray, *, task: str, se
 
 
 def _total(predicted: np.ndarray, truth: np.ndarray, task: str) -> float:
-    """Return accuracy, mean average precision or R2, times the number of images; 0 if undefined."""
+    """Return the score (in the metric of the task) times the number of images, or 0 if the metric is undefined."""
     if task == CLASSES:
         return float((predicted == truth).sum())  # integers, so that ties between layers are exact
     columns = by_column(average_precision if task == MULTILABEL else r_squared, truth, predicted)

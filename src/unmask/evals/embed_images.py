@@ -31,22 +31,23 @@ def embed_images(
     device: str,
     console: Console,
 ) -> EmbedResult:
-    """Write the features of every image, without masking, to .parquet or .npz; the output is reproducible.
+    """Compute the features of every image without masking, and write them to a .parquet or .npz file.
 
-    One row per image, in the order of the source: `name` (relative to DATA, '/'-separated), `label` (class name, if
-    DATA has classes), `cls` (class token, if the encoder has one) and `mean` (mean over patch tokens); features are
-    float32 vectors of the encoder's width. In .npz, each column is an array of that name. Raises UserError when no
-    image can be read, or `out` cannot be written.
+    The table has one row per image, in the order of the source. Its columns are `name` (path relative to DATA,
+    '/'-separated), `label` (class name, if DATA has classes), `cls` (class token, if the encoder has one) and `mean`
+    (mean over patch tokens). `cls` and `mean` are float32 vectors of the encoder's width. In an .npz file, every column
+    is an array with the column's name. The same images and weights give the same bytes. Raises UserError when no image
+    can be read, or `out` cannot be written.
     """
     if out.suffix not in (".parquet", ".npz"):
         raise UserError(f"got output file {out}; expected a name that ends in .parquet or .npz")
     if not out.resolve().parent.is_dir():
-        raise UserError(f"the folder {out.resolve().parent} does not exist; make it first, or choose another --out")
+        raise UserError(f"the folder {out.resolve().parent} does not exist; create it first, or choose another --out")
     loaded = load(run, device=choose_device(device), step=step)
     source = apply_reading(open_source(data, exclude), loaded.plan.reading)
     rows = np.arange(len(source))
     encoders = {"encoder": loaded.method.encoder}
-    # Always fp32, so that features from different machines differ by rounding only.
+    # Features are always computed in fp32, so that those from different machines differ by rounding only.
     options = FeatureOptions(title="embedding", precision="fp32", cache=Run.open(run).path / FEATURES)
     tables = features(loaded, encoders, source, rows, options, console)
     table = tables["encoder"]
@@ -73,7 +74,7 @@ def _write_features(
     with name_in_errors(out):
         try:
             if out.suffix == ".npz":
-                with partial.open("wb") as file:  # np.savez sets all dates to 1980-01-01: reproducible
+                with partial.open("wb") as file:  # np.savez sets all dates to 1980-01-01, so bytes are reproducible
                     np.savez(file, **{name: np.array(text) for name, text in texts.items()}, **vectors)  # type: ignore[arg-type]
             else:
                 import pyarrow as pa

@@ -1,8 +1,8 @@
-"""Views of an encoder: the features of its `forward`, of one layer, or with hidden tokens.
+"""Views of an encoder: the output of its `forward`, the features of one layer, or features with hidden tokens.
 
 iGPT's features are best in the middle of the network, so its probe measures the best layer (Chen et al. 2020,
 "Generative pretraining from pixels", section 4.1). iGPT-BERT was pre-trained on masked input, so it is evaluated with
-masks by default: one, or the majority over several (section 4.6).
+patch masks by default: under one mask, or by majority vote over several masks (section 4.6).
 
 Letters: n training images, m test images, D width of a feature.
 """
@@ -23,17 +23,17 @@ from unmask.nn.features import Features
 from unmask.nn.image_encoder import ImageEncoder
 from unmask.rng import Draws, Stream, words
 
-EVALUATION_EPOCH = 2**31 - 1  # never reached in training, so that masks differ from training
+EVALUATION_EPOCH = 2**31 - 1  # no training reaches this epoch, so evaluation masks differ from training masks
 
 Hide = Callable[[Draws], Tensor]
 """Maps the random numbers of B images to (B, N) bool, True for hidden tokens."""
 
 
 class View(nn.Module):
-    """An encoder with a choice of layer and hidden tokens.
+    """An encoder, the layer that its features are taken from, and the tokens that are hidden from it.
 
     layer: layer to read, or None for the output of `forward`. hide: function that chooses hidden tokens, or None. mask:
-    number of the patch mask; an image's mask depends only on this number and the image's row.
+    number of the patch mask; the mask of an image depends only on this number and on the image's row in its source.
     """
 
     def __init__(self, encoder: nn.Module, layer: int | None = None, hide: Hide | None = None, mask: int = 0) -> None:
@@ -57,9 +57,10 @@ class View(nn.Module):
 
 
 def wanted_layer(encoder: ImageEncoder, layer: str | None) -> str | None:
-    """Return the layer to measure ("best", "last" or a number); the default depends on the encoder.
+    """Return the layer to measure: "best", "last", a number, or None for the output of `forward`.
 
-    Returns None for the output of `forward`. Raises UserError for a layer that the encoder does not have.
+    layer: the layer that the user requested, or None for the default of this encoder. Raises UserError for a layer that
+    the encoder does not have.
     """
     if layer is None:
         return encoder.probe_layer
@@ -75,15 +76,18 @@ def wanted_layer(encoder: ImageEncoder, layer: str | None) -> str | None:
 
 
 def majority(predictions: np.ndarray, index: np.ndarray, seed: int) -> np.ndarray:
-    """Return the class with the most votes: (votes, m) -> (m,) int64. The seed and image row break ties at random."""
+    """Return the class with the most votes for each image: (votes, m) -> (m,) int64.
+
+    Ties are broken by a random number that depends only on the seed and the image's row.
+    """
     votes = np.stack([(predictions == label).sum(0) for label in range(predictions.max() + 1)], 1)  # (m, K)
     leads = votes == votes.max(1, keepdims=True)
     draws = words(seed, Stream.LABELS, np.full_like(index, VOTES), np.asarray(index, np.int64), 1)[:, 0]
-    place = draws % leads.sum(1)  # index among the tied classes
+    place = draws % leads.sum(1)  # index of the chosen class among the tied ones
     return (np.cumsum(leads, 1) > place[:, None]).argmax(1).astype(np.int64)
 
 
 def best_layer(accuracies: Sequence[float]) -> int:
-    """Return the most accurate layer; ties are resolved by distance to the middle, then by the lower number."""
+    """Return the most accurate layer; a tie goes to the layer nearest to the middle, then to the lower number."""
     middle = (len(accuracies) - 1) / 2
     return min(range(len(accuracies)), key=lambda n: (-accuracies[n], abs(n - middle), n))

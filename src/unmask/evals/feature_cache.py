@@ -1,9 +1,9 @@
 """Cache of features on disk, so that repeated probes of an encoder on the same images do not recompute them.
 
-The key of a table is a digest of everything that its numbers depend on (`key_of`): the encoder's tensors, the layer and
-mask, the images and their crop, precision, device, and the code. A damaged file is treated as missing, and a failed
-write is ignored. Three kinds of table are not cached: tables with tokens; tables with unreadable images, which must be
-reported every time; and tables of generated images, which are quick to make.
+The cache key of a table of features is a digest of everything that the features depend on (`key_of`): the encoder's
+tensors, the layer and patch mask, the images and their crop, precision, device, and the code. A damaged cache file is
+treated as missing, and a failed write is ignored. Three kinds of table are not cached: tables with tokens; tables with
+unreadable images, which must be reported every time; and tables of generated images, which are quick to make.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from unmask.evals.encoder_views import View
 from unmask.evals.frozen_features import FeatureTable
 from unmask.nn.image_encoder import ImageEncoder
 
-MAX_BYTES = 2 << 30  # limit per folder; the least recently used tables are removed first
+MAX_BYTES = 2 << 30  # size limit of a cache folder; the least recently used tables are removed first
 ENDING = ".arrays"
 ARRAYS = ("cls", "mean", "digest")
 
@@ -35,7 +35,7 @@ ARRAYS = ("cls", "mean", "digest")
 def key_of(encoder: nn.Module, source: Source, rows: np.ndarray, *, about: Mapping[str, str]) -> str | None:
     """Return the cache key of this encoder's features for these rows, or None if they cannot be cached.
 
-    about: everything else that features depend on: precision, device, image size and crop, the method's settings.
+    about: precision, device, image size, crop and the method's settings, which the features also depend on.
     """
     if source.changed is None or (source.changed < 0).any():
         return None
@@ -51,7 +51,7 @@ def key_of(encoder: nn.Module, source: Source, rows: np.ndarray, *, about: Mappi
 
 
 def find(folder: Path, key: str, source: Source, rows: np.ndarray) -> FeatureTable | None:
-    """Return the table of a key with the labels of its source, or None if it is missing or damaged."""
+    """Return the cached features for a key, with the labels of `source`; None for a missing or damaged file."""
     file = folder / f"{key}{ENDING}"
     stored = read_arrays(file)
     if stored is None:
@@ -69,7 +69,10 @@ def find(folder: Path, key: str, source: Source, rows: np.ndarray) -> FeatureTab
 
 
 def store(folder: Path, key: str, table: FeatureTable, rows: np.ndarray) -> int:
-    """Store a table if it has all of these rows, after freeing space. Returns the bytes written, 0 if not stored."""
+    """Store a table of features, unless some of `rows` are missing in it; return the bytes written, 0 if not stored.
+
+    The least recently used tables are removed first if the folder would exceed MAX_BYTES.
+    """
     if table.tokens is not None or not np.array_equal(table.index, rows):
         return 0
     arrays = {name: value for name in ARRAYS if (value := getattr(table, name)) is not None}
@@ -84,7 +87,7 @@ def store(folder: Path, key: str, table: FeatureTable, rows: np.ndarray) -> int:
 
 
 def _free_space(folder: Path, most: int) -> None:
-    """Remove the least recently used tables until the rest take at most `most` bytes."""
+    """Remove the least recently used tables from a cache folder until the others take at most `most` bytes."""
     tables = sorted(folder.glob(f"*{ENDING}"), key=lambda file: file.stat().st_mtime_ns)
     total = sum(file.stat().st_size for file in tables)
     while total > most:
@@ -93,7 +96,7 @@ def _free_space(folder: Path, most: int) -> None:
 
 
 def _view(encoder: nn.Module) -> str:
-    """Return the layer and the mask of an encoder, as text."""
+    """Return the layer and the patch mask of an encoder as text for the cache key."""
     inner = encoder.encoder if isinstance(encoder, View) else encoder
     about = {"type": type(inner).__name__, "own layer": inner.layer if isinstance(inner, ImageEncoder) else None}
     if isinstance(encoder, View):
@@ -103,7 +106,7 @@ def _view(encoder: nn.Module) -> str:
 
 @cache
 def _code() -> dict[str, str]:
-    """Return versions and a digest of this package, so that a change of the code invalidates cached features."""
+    """Return the versions of torch and the decoders, and a digest of this package, on which features depend."""
     digest = hashlib.sha256()
     package = Path(__file__).resolve().parents[1]
     for file in sorted(package.rglob("*.py")):

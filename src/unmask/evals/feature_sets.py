@@ -1,7 +1,7 @@
 """The feature sets of a probe: this run, its controls and other runs, each with its own encoder and preprocessing.
 
-The layer and the hidden tokens of an encoder are chosen once, on training images (`make_feature_sets`); then the same
-function computes training and test features (`tables_of`).
+The layer and the hidden tokens of an encoder are chosen once, on training images (`make_feature_sets`); then
+`tables_of` computes both training and test features.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ VOTE = " mask "  # separates the name of a feature set from the number of its pa
 class FeatureSets:
     """The encoders of one run, by the names of their feature sets, with the preprocessing of `loaded`.
 
-    test_encoders: the encoders for test images, one per voting patch mask; from the second mask on, the name is NAME +
-    VOTE + number. layers: the chosen layer of each encoder, if any. votes: the number of masks, or None if no token is
-    hidden.
+    test_encoders: the encoders for test images, one per patch mask that votes; the encoder for the first mask has the
+    name of the feature set, the others have the name plus VOTE plus the number of the mask. layers: the layer of each
+    encoder by name, empty for encoders without layers. votes: the number of patch masks, or None if no token is hidden.
     """
 
     loaded: Loaded
@@ -57,14 +57,14 @@ class FeatureSets:
 
 
 def with_controls(encoder: nn.Module, untrained: nn.Module | None) -> dict[str, nn.Module]:
-    """Return the encoder by name, with raw pixels and the untrained encoder as controls unless `untrained` is None."""
+    """Return encoders by name: `encoder`, and, unless `untrained` is None, the controls raw pixels and `untrained`."""
     if untrained is None:
         return {PRETRAINED: encoder}
     return {RAW_PIXELS: RawPixels(), RANDOM_INIT: untrained, PRETRAINED: encoder}
 
 
 def load_others(run: Path, against: Sequence[Path], device: str) -> dict[str, Loaded]:
-    """Load the other runs; the names are folder names, or whole paths for folders of the same name."""
+    """Load the other runs; the keys are their folder names, or whole paths if folder names are the same."""
     places = [Path(other).resolve() for other in (run, *against)]
     if twice := [str(path) for path, place in zip(against, places[1:], strict=True) if places.count(place) > 1]:
         raise UserError(
@@ -87,7 +87,8 @@ def make_feature_sets(
 ) -> FeatureSets:
     """Choose the layer and the hidden tokens for the encoders of one run.
 
-    images, rows: the training images that layers are compared on; images is None without labels.
+    images: the labelled images, or None for a measurement without labels. rows: rows of the training images on which
+    layers are compared.
     """
     hide, votes = evaluation_masks(loaded.method, options.mask_votes)
     layer = wanted_layer(loaded.method.encoder, options.layer)
@@ -114,7 +115,7 @@ def make_feature_sets(
 
 
 def evaluation_masks(method: Method, votes: int | None) -> tuple[Hide | None, int]:
-    """Return how tokens are hidden in an evaluation and the number of patch masks, or (None, 0) without masks.
+    """Return the function that hides tokens in evaluations, and the number of patch masks; (None, 0) without.
 
     Raises UserError when votes are requested for an encoder that is evaluated on whole images.
     """
@@ -141,7 +142,7 @@ def _layer_of(
     seed: int,
     console: Console,
 ) -> LayerChoice:
-    """Return the requested layer, or the best one on these training images."""
+    """Return the requested layer, or compare all layers on these training images and return the best."""
     last = loaded.method.encoder.depth
     assert last is not None, "`wanted_layer` rejects encoders without layers"
     if layer != "best":
@@ -164,7 +165,7 @@ def tables_of(
     *,
     test: bool = False,
 ) -> dict[str, FeatureTable]:
-    """Return the features of every set for the same images: the images of `rows` that every encoder can read.
+    """Compute the features of all feature sets for the images of `rows` that every run can read.
 
     test: use the encoders for test images.
     """
@@ -180,7 +181,7 @@ def tables_of(
 
 
 def describe_view(sets: Sequence[FeatureSets], row: Row) -> Row:
-    """Return a row of a result, completed with the layer and mask votes of its feature set."""
+    """Return a row of a result with the layer and the number of mask votes of its feature set filled in."""
     for each in sets:
         if row.features in each.encoders:
             votes = None if row.features == RAW_PIXELS else each.votes

@@ -1,7 +1,7 @@
 """Compute the features of images with frozen encoders.
 
-All probes use the same function for training and test images: if the definition of a feature differed between the two,
-scores would be low without any error.
+All probes use the same function for training and test images: if features of training and test images were computed
+differently, scores would be low without any error.
 
 Letters: n images, D width of a feature, T tokens.
 """
@@ -63,8 +63,9 @@ class FeatureTable:
 class Tokens:
     """The class token (if any) and all patch tokens of n images, in half precision.
 
-    values: (n, T, D) float16, (tokens - middle) / scale. middle, scale: (D,) float32, mean and standard deviation in
-    the first batch, which preserve the precision of tokens with a large mean or outside the range of float16.
+    values: (n, T, D) float16, (tokens - middle) / scale. middle, scale: (D,) float32, mean and standard deviation of
+    the tokens in the first batch. Standardising keeps the precision of tokens with a large mean, and of values outside
+    the range of float16.
     """
 
     values: Tensor
@@ -111,11 +112,11 @@ def collect_each(
 ) -> dict[str, FeatureTable]:
     """Compute the features of all images with frozen encoders, reading the images once.
 
-    Runs in eval mode, without gradients or masks, and restores the mode of every module. encoders: by name, on
-    `device`; their forward maps images (B, C, H, W) in the files' dtype to `Features`. precision: "fp32", or "bf16" for
-    autocast; features are always float32. tokens: largest number of images of which all tokens are returned too; 0 for
-    no tokens. Raises UserError for no images, for a feature that is not finite, and, after the first batch, for more
-    tokens than fit in memory.
+    Encoders run in eval mode without gradients; afterwards every module has its earlier mode again. encoders: encoders
+    by name, on `device`; their forward maps images (B, C, H, W) in the files' dtype to `Features`. precision: "fp32",
+    or "bf16" for autocast; features are always float32. tokens: largest number of images in `batches` if all their
+    tokens are returned too, or 0 to return no tokens. Raises UserError if there are no images or a feature is not
+    finite, and, after the first batch, if the tokens of all images would not fit in memory.
     """
     rows: dict[str, _Rows] = {name: _Rows(tokens) for name in encoders}
     shared = _Shared()
@@ -180,7 +181,7 @@ class _Rows:
 
 
 class _Shared:
-    """Accumulates what all encoders share: indices, labels and digests of the images."""
+    """Accumulates the indices, labels and digests of the images, which are the same for all encoders."""
 
     def __init__(self) -> None:
         self.index: list[np.ndarray] = []
@@ -242,6 +243,6 @@ def _array(tensor: Tensor) -> np.ndarray:
 
 
 def _joined(parts: list[np.ndarray | None]) -> np.ndarray | None:
-    """Concatenate the parts, or return None if any batch has None."""
+    """Concatenate the arrays of all batches, or return None if any of them is None."""
     present = [part for part in parts if part is not None]
     return np.concatenate(present) if present and len(present) == len(parts) else None

@@ -1,7 +1,7 @@
 """Read images for evaluation with an encoder's preprocessing, and compute their features.
 
-The same function computes features of training and test images. Images are not scanned beforehand: an unreadable file
-is reported in a warning and left out, never replaced by another.
+Features of training and test images are computed by the same function, `features`. Images are not scanned beforehand:
+an unreadable file is reported in a warning and left out.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from unmask.evals import feature_cache
 from unmask.evals.frozen_features import FeatureTable, collect_each
 
 EVAL_BATCH = 128
-MANY_IMAGES = 1024  # with more images, worker processes are faster, including their start
+MANY_IMAGES = 1024  # with more images, worker processes save more time than their start takes
 NAMED_BAD_FILES = 5
-IMAGES_FOR_LAYER = 4096  # largest number of images that layers are compared on
+IMAGES_FOR_LAYER = 4096  # largest number of images on which layers are compared
 COLLECTIONS = (*LISTS, *TARS, ".zip", ".parquet", ".pq")
 """Extensions of files that contain many images."""
 
 
 def eval_images(loaded: Loaded, source: Source) -> ReadableImages:
-    """Return the images with this run's preprocessing: its size, channels and dtype, a centre crop, no augmentation."""
+    """Return the images, read at this run's size, channels and dtype, with a centre crop and no augmentation."""
     plan, data = loaded.plan, loaded.config.data
     return ReadableImages(
         source.with_reading(plan.reading),
@@ -57,7 +57,7 @@ def eval_precision(loaded: Loaded) -> str:
 def read(
     images: ReadableImages, rows: np.ndarray, workers: int, console: Console, bar: Bar | None = None
 ) -> Iterator[Batch]:
-    """Yield batches of these rows in order, skipping unreadable images; then list those in a warning.
+    """Yield batches of the images of `rows` in order, without unreadable images; finally list these in a warning.
 
     Raises UserError at the end when no image could be read.
     """
@@ -112,7 +112,7 @@ def features(
 ) -> dict[str, FeatureTable]:
     """Return a table of features for each encoder; unreadable images are left out and listed in a warning.
 
-    This function computes all features. Probes and embeddings of the same rows and precision share cached tables.
+    Probes and embeddings of the same rows and precision share cached tables.
     """
     precision, folder, tokens = options.precision or eval_precision(loaded), options.cache, options.tokens
     keys = {} if folder is None or tokens else keys_of(loaded, encoders, source=source, rows=rows, precision=precision)

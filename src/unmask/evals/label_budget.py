@@ -1,8 +1,9 @@
-"""Label-budget curve: the accuracy of a probe over the number of labels.
+"""Label-budget curve: the accuracy of a probe as a function of the number of labels per class.
 
 For each number of labels per class, a probe is fitted to several random draws of training labels and scored on the same
-test images. The interval of a mean is Student's t over the draws; feature sets are compared draw by draw, because all
-of them use the same labels in a draw. Both intervals cover the choice of the training labels, not of the test images.
+test images. The mean accuracy over the draws has a t-interval (Student). Feature sets are compared draw by draw,
+because all of them use the same labels in a draw; the mean difference also has a t-interval. Both intervals cover the
+choice of the training labels, not of the test images.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ def _point(shots: int, predictions: Sequence[Prediction], test_y: np.ndarray) ->
 def curve_differences(rows: Sequence[CurveRow], runs: Sequence[str]) -> tuple[Difference, ...]:
     """Compare the run's own features with each control and each of the other `runs`, at every number of labels.
 
-    All are compared by the pooling that every encoder has, the mean over patches.
+    The features are the mean over patches, which every encoder has.
     """
     own = next(row for row in rows if row.features == PRETRAINED and row.pool != "cls")
     others = {row.features: row for row in rows if row.features != PRETRAINED and row.pool != "cls"}

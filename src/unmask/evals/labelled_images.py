@@ -1,7 +1,7 @@
 """Open the labelled images of a probe, split them into training and test images, and draw labels.
 
-Labels are folder names, or columns of a table (`data/annotations/label_tables.py`). The split and the draw of
-labels depend only on the seed and the images' rows. Images are decoded later, in `evals/images.py`.
+Labels are folder names, or columns of a table (`data/annotations/label_tables.py`). The split and the draw of labels
+depend only on the seed and on the rows of the images in their source. Images are decoded later, in `evals/images.py`.
 
 Letters: n training images, T target columns.
 """
@@ -56,8 +56,8 @@ class LabelledImages:
 class TrainingSet:
     """The training images of one fit.
 
-    shots: images per class, or None for all. rows: rows in the source. positions: rows of the same images in the tables
-    of features.
+    shots: images per class, or None for all. rows: rows of the images in their source. positions: rows of the same
+    images in the tables of features.
     """
 
     shots: int | None
@@ -109,7 +109,7 @@ def _split(strata: np.ndarray, rows: np.ndarray, options: ProbeOptions) -> tuple
 
 
 def _open_with_table(options: ProbeOptions, path: Path, console: Console) -> LabelledImages:
-    """Open the images with the labels of a table; see `open_labelled_images`."""
+    """Open the images with the labels of a table, and split them into training and test images."""
     table = read_table(path, options.columns)
     meaning = meaning_of(table, options.target_type)
     train = open_source(options.data, options.exclude)
@@ -174,7 +174,7 @@ def _by_row(found: Targets, source: Source) -> np.ndarray:
 
 
 def image_set(name: str, source: Source, excluded: Sequence[str]) -> ImageSet:
-    """Return the record of a source for a result. name: the path it was opened with."""
+    """Return the record of a data source that a result stores. name: path under which the source was opened."""
     path = Path(name).absolute()
     return ImageSet(
         name=name, path=str(path) if path.exists() else None, digest=source.fingerprint(), excluded=tuple(excluded)
@@ -182,16 +182,16 @@ def image_set(name: str, source: Source, excluded: Sequence[str]) -> ImageSet:
 
 
 def identity_of_test(options: ProbeOptions, test: Source) -> TestIdentity:
-    """Return the record of the test images for a result."""
+    """Return the record of the test images that a result stores."""
     if options.test is None:
         return TestIdentity(held_out=HELD_OUT, seed=options.seed)
     return TestIdentity(images=image_set(options.test, test, options.exclude))
 
 
 def training_sets(images: LabelledImages, rows: np.ndarray, options: ProbeOptions, *, draws: int) -> list[TrainingSet]:
-    """Return the training images of every fit; their positions are filled in later.
+    """Return the training images of every fit, with empty `positions`, which the caller sets.
 
-    rows: rows that labels are drawn from. draws: random draws per number of labels.
+    rows: rows of the images from which labels are drawn. draws: number of random draws for every number of labels.
     """
     y, names = images.train_y[rows], images.labelling.names
     nowhere = np.zeros(0, np.int64)
@@ -227,10 +227,11 @@ def require_two(labels: np.ndarray) -> None:
 def few_shots(
     index: np.ndarray, labels: np.ndarray, classes: Sequence[str], shots: int, seed: int, *, draw: int = 0
 ) -> np.ndarray:
-    """Select `shots` of `index` (n,) per class of `labels` (n,), by `seed`; return them sorted.
+    """Select `shots` images of every class at random, and return their rows, sorted.
 
-    The selection of `shots + 1` contains that of `shots`. draw: number of the random draw; the split stays the same.
-    Raises UserError for shots < 1, or more shots than a class has images.
+    index: (n,), rows of the images in their source. labels: (n,), their classes. draw: number of the random draw. The
+    images selected for `shots` are among those for `shots + 1` with the same seed and draw. Raises UserError if `shots`
+    is less than 1 or larger than the number of images of a class.
     """
     if shots < 1:
         raise UserError(f"got {shots} labels per class; expected at least 1")

@@ -1,4 +1,4 @@
-"""Average precision and R2, with bootstrap resamples for their intervals.
+"""Compute average precision and R2, also in bootstrap resamples, which give their intervals.
 
 Intervals are percentiles of the bootstrap (Efron 1979, "Bootstrap methods: another look at the jackknife"): the test
 images are resampled 1,000 times with replacement. All feature sets share the same resamples, so that they can be
@@ -6,7 +6,7 @@ compared resample by resample. The intervals cover only the choice of the test i
 
 scipy.stats.bootstrap with scikit-learn's metrics returns the same numbers to the last digit (tested), but sorts the
 scores again for every resample and is 12 times slower for 2,000 images with ten labels (27 instead of 2.3 seconds per
-feature set). Here a resample is a vector of weights, and scores are sorted once.
+feature set). Here a resample is a vector of counts, one per image, and scores are sorted once.
 
 Letters: m test images, T target columns, R bootstrap resamples.
 """
@@ -22,18 +22,19 @@ SEED = 0
 PIECE = 50  # resamples computed at once, to limit the memory of (PIECE, m) float64
 
 Measure = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
-"""Maps truth (m,), prediction (m,) and weights (R, m) to the measure (R,), which is NaN if undefined."""
+"""Maps truth (m,), prediction (m,) and weights (R, m) to the value in every resample (R,), NaN where undefined."""
 
 
 def average_precision(truth: np.ndarray, scores: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Return the area under precision over recall, as scikit-learn defines it: the sum of (R_i - R_(i-1)) P_i.
+    """Return the average precision in every resample, as scikit-learn defines it: the sum of (R_i - R_(i-1)) P_i.
 
-    truth: (m,) 0 or 1. scores: (m,); equal scores form one step. weights: (R, m), how often each image counts. Returns
-    (R,), NaN without a positive image.
+    P_i and R_i are precision and recall at the i-th threshold. truth: (m,), 0 or 1. scores: (m,); images with equal
+    scores share a threshold. weights: (R, m), how often each resample contains each image. Returns (R,), NaN for a
+    resample without a positive image.
     """
     order = np.argsort(-scores, kind="stable")
     truth, scores, weights = truth[order], scores[order], weights[:, order]
-    ends = np.flatnonzero(np.append(np.diff(scores) != 0, True))  # the last image of every step
+    ends = np.flatnonzero(np.append(np.diff(scores) != 0, True))  # the last image of every threshold
     positives = (weights * truth).cumsum(1)[:, ends]  # (R, steps)
     retrieved = weights.cumsum(1)[:, ends]
     precision = np.divide(positives, retrieved, out=np.zeros_like(positives, dtype=np.float64), where=retrieved > 0)
@@ -43,9 +44,12 @@ def average_precision(truth: np.ndarray, scores: np.ndarray, weights: np.ndarray
 
 
 def r_squared(truth: np.ndarray, predicted: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Return 1 - (squared errors) / (squared distances from the mean), (R,), or NaN if the truth is constant."""
+    """Return R2 in every resample, (R,): 1 - (squared errors) / (squared distances from the mean).
+
+    R2 is NaN for a resample in which the truth is constant.
+    """
     total = weights.sum(1)
-    shifted = truth - truth.mean()  # avoids subtracting two large numbers
+    shifted = truth - truth.mean()  # keeps `weights @ shifted**2 - total * mean**2` precise if the mean is large
     mean = weights @ shifted / total
     spread = weights @ shifted**2 - total * mean**2
     left = weights @ (truth - predicted) ** 2
@@ -54,15 +58,16 @@ def r_squared(truth: np.ndarray, predicted: np.ndarray, weights: np.ndarray) -> 
 
 
 def by_column(measure: Measure, truth: np.ndarray, predicted: np.ndarray) -> np.ndarray:
-    """Return the measure (T,) of every column of `truth` and `predicted` (m, T), with each image counted once."""
+    """Compute a measure for every column of `truth` and `predicted` (m, T); return (T,). Every image counts once."""
     once = np.ones((1, len(truth)))
     return np.array([measure(truth[:, t], predicted[:, t], once)[0] for t in range(truth.shape[1])])
 
 
 def resampled(measure: Measure, truth: np.ndarray, predicted: np.ndarray) -> np.ndarray:
-    """Return the mean over columns for every resample, (R,), leaving out columns that are undefined in it.
+    """Compute a measure in every bootstrap resample; return its mean over the columns, (R,).
 
-    The resamples depend only on m. The mean is NaN if no column is defined.
+    The mean leaves out columns for which the measure is undefined in the resample, and is NaN if it is undefined for
+    all. The resamples depend only on m.
     """
     rng = np.random.default_rng(SEED)
     m, means = len(truth), []

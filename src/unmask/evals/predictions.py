@@ -1,7 +1,7 @@
-"""Predict the test images with fitted probes, for every feature set and pooling.
+"""Predict the targets of test images with fitted probes, for every feature set and pooling.
 
-An encoder that was trained with hidden tokens may get each test image under several patch masks, and then `vote`
-combines the predictions by majority or mean.
+An encoder that was trained with hidden tokens can be evaluated under several patch masks; `vote` then combines the
+predictions for each test image: the majority of classes, or the mean of scores and quantities.
 
 Letters: n training images, m test images, D width of a feature, T target columns.
 """
@@ -23,9 +23,9 @@ from unmask.results import CLASSES, RAW_PIXELS
 
 @dataclass(frozen=True)
 class Prediction:
-    """The predictions of one probe for m test images. values: classes (m,), or scores or quantities (m, T).
+    """The predictions of one probe for m test images.
 
-    chosen, converged: as in `Fitted`.
+    values: classes (m,), or scores or quantities (m, T). chosen, converged: fields of the fit; see `Fitted`.
     """
 
     features: str
@@ -41,10 +41,11 @@ def predict_pooled(
     test: Mapping[str, FeatureTable],
     targets: TrainingTargets,
 ) -> list[Prediction]:
-    """Fit a probe to every feature set and pooling, and predict the test images.
+    """Fit a probe to every feature set and pooling, and predict the targets of the test images.
 
-    train, test: tables by the name of the feature set, all of the same images. For every further mask, `test` also has
-    a table named NAME + VOTE + number. Raises UserError for fewer than two classes.
+    train, test: tables of features by the name of the feature set; all training tables are of the same images, and all
+    test tables too. For every patch mask after the first, `test` has one more table; its name is that of the feature
+    set plus VOTE plus the number of the mask. Raises UserError for fewer than two classes.
     """
     if targets.task == CLASSES:
         require_two(targets.y)
@@ -68,7 +69,7 @@ def predictions_from_tokens(
 ) -> list[Prediction]:
     """Return the predictions of a probe of all tokens.
 
-    fitted: fits by the name of the feature set. values: their outputs by the name of the test table.
+    fitted: fitted probes by the name of the feature set. values: their outputs by the name of the test table.
     """
     predictions = []
     for features, fit in fitted.items():
@@ -82,7 +83,7 @@ def predictions_from_tokens(
 
 
 def masks_of(names: Iterable[str], features: str) -> list[str]:
-    """Return the names of the test tables of one feature set, one per mask."""
+    """Return the names of the test tables of one feature set, one table per patch mask."""
     others = [name for name in names if name.startswith(features + VOTE)]
     return [features, *(name for name in others if name.removeprefix(features + VOTE).isdecimal())]
 
@@ -95,7 +96,10 @@ def vote(
     seen: Sequence[FeatureTable],
     targets: TrainingTargets,
 ) -> Prediction:
-    """Combine the predictions under all masks, concatenated in `values`: the majority of classes, or the mean."""
+    """Combine the predictions under all patch masks: the majority of classes, or the mean of scores and quantities.
+
+    values: the predictions under all masks, concatenated. seen: one table of test images per mask.
+    """
     values = values.reshape(len(seen), -1, *values.shape[1:])
     if len(seen) == 1:
         one = values[0]
@@ -109,9 +113,9 @@ def vote(
 def pools(
     features: str, train: FeatureTable, seen: Sequence[FeatureTable]
 ) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-    """Yield (pool, training features, test features) for every pooling of this encoder.
+    """Yield (name of the pooling, training features, test features) for every pooling of this encoder.
 
-    seen: one table of test images per mask; the test features are concatenated in this order.
+    seen: one table of test images per patch mask; the test features of all masks are concatenated.
     """
     tested = np.concatenate([table.mean for table in seen])
     if features == RAW_PIXELS:

@@ -1,13 +1,13 @@
-"""The interface of a kind of probe. Every file in `evals/probes/` defines one kind; its name is the value of --kind.
+"""The interface of a kind of probe, which is defined by a file in `evals/probes/`.
 
-The first line of its docstring, "Title: description.", describes the kind in the help of --kind. The file defines
-`PROBE`, an instance of one of three classes:
+The name of the file is the value of --kind. The first line of its docstring, "Title: description.", describes the kind
+in the help of --kind. The file defines `PROBE`, an instance of one of three classes:
 
 - `PooledProbe` is fitted to pooled features: the class token or the mean over patches (knn, linear);
 - `TokenProbe` is fitted to all tokens (attentive);
 - `LabelFreeMeasure` computes a number from the features without labels (rankme).
 
-The options, feature sets, controls, intervals, result and report need no further code.
+A new kind needs no other code: options, feature sets, controls, intervals, results and report work for every kind.
 
 Letters: n training images, m test images, D width of a feature, T target columns.
 """
@@ -36,9 +36,10 @@ ALL_TASKS = frozenset({CLASSES, MULTILABEL, REGRESSION})
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingTargets:
-    """The targets of a fit. y: classes (n,) int64, or (n, T) float64 with 0 and 1, or with quantities.
+    """The training targets of a probe. y: classes (n,) int64, or (n, T) float64 with 0 and 1, or with quantities.
 
-    task: CLASSES, MULTILABEL or REGRESSION in `results.py`. seed: seed of all random choices. device: used by torch.
+    task: CLASSES, MULTILABEL or REGRESSION in `results.py`. seed: seed of all random choices. device: torch device on
+    which probes are fitted.
     """
 
     y: np.ndarray
@@ -63,9 +64,9 @@ class Fitted:
 class PooledProbe:
     """A probe of pooled features.
 
-    title: for headings ("Linear probe"). phrase: for sentences ("a linear probe"). protocol: describes in words what is
-    fitted for a task. fit: fits features (n, D) float32 to targets and returns a probe that predicts features (m, D).
-    tasks: the types of targets that it accepts.
+    title: name of the probe in headings ("Linear probe"). phrase: its name in sentences ("a linear probe"). protocol:
+    function that describes in words what is fitted for a task. fit: fits features (n, D) float32 to targets and returns
+    a probe that predicts features (m, D). tasks: the types of targets that the probe accepts.
     """
 
     title: str
@@ -77,7 +78,7 @@ class PooledProbe:
 
 @dataclass(frozen=True, kw_only=True)
 class TokenProbe:
-    """A probe of all tokens; fields as in `PooledProbe`.
+    """A probe of all tokens. Fields that are not listed here are described in `PooledProbe`.
 
     pool: name of its pooling in records and tables ("attentive"). pool_title: the same in words ("attention over
     tokens"). fit: fits `Tokens`, at the positions (n,) of the training images, to targets and returns a probe that
@@ -95,10 +96,11 @@ class TokenProbe:
 
 @dataclass(frozen=True, kw_only=True)
 class LabelFreeMeasure:
-    """A number computed from features without labels, always for the controls too.
+    """A number that is computed from features without labels, always for the controls too.
 
-    metric: name of the number. protocol: how it is computed, in words. measure: maps features (n, D) to the number.
-    verdict: describes in words the scores of all feature sets, given also min(n, D) of the run's own features.
+    metric: name of the number. protocol: how the number is computed, in words. measure: function that maps features (n,
+    D) to the number. verdict: function that describes the numbers of all feature sets in words; its second argument is
+    min(n, D) of the run's own features.
     """
 
     title: str
@@ -112,7 +114,7 @@ ProbeKind = PooledProbe | TokenProbe | LabelFreeMeasure
 
 
 def kind_names() -> list[str]:
-    """Return the values of --kind, the files of `evals/probes/`, without importing them."""
+    """Return the values of --kind: the names of the files in `evals/probes/`, which are not imported."""
     return sorted(module.name for module in pkgutil.iter_modules(unmask.evals.probes.__path__))
 
 
@@ -148,7 +150,7 @@ def require_task(name: str, probe: PooledProbe | TokenProbe, task: str) -> None:
 
 
 def pool_title(kind: str, pool: str) -> str:
-    """Return a pooling in words. kind: the kind of the record, which declares its pooling if it probes all tokens."""
+    """Describe a pooling in words. kind: the kind of probe; a probe of all tokens declares its own pooling."""
     if pool in POOLS or kind not in kind_names():
         return POOLS.get(pool, pool)
     probe = find_kind(kind)

@@ -14,7 +14,7 @@ DEFAULT_DRAWS, MAX_DRAWS = 5, 1000
 
 
 def parse_shots(text: str | None) -> int | tuple[int, ...] | None:
-    """Parse --shots: "5" for one number of labels per class, "1,5,10" for a curve. Raises UserError otherwise."""
+    """Parse --shots: "5" for 5 labels per class, "1,5,10" for a label-budget curve. Raises UserError otherwise."""
     if text is None:
         return None
     parts = [part.strip() for part in text.split(",")]
@@ -25,12 +25,12 @@ def parse_shots(text: str | None) -> int | tuple[int, ...] | None:
 
 
 def target_types() -> dict[str, str]:
-    """Return the types of targets with their descriptions."""
+    """Return the values of --target-type with their descriptions."""
     return {"classes": "one class per image", "multilabel": "columns of 0 and 1", "regression": "numbers"}
 
 
 def names_from_text(text: str) -> list[str]:
-    """Parse 'a, b' as a list of names."""
+    """Parse a comma-separated list of names, such as 'a, b'."""
     return [name.strip() for name in text.split(",")]
 
 
@@ -38,10 +38,10 @@ def names_from_text(text: str) -> list[str]:
 class ProbeOptions(Options):
     """The options of `unmask probe`, apart from the run and the kind of probe.
 
-    Images are excluded from the training and the test images. By default, a fifth of every class is held out for the
-    test. The seed also chooses the training images that are held out to choose hyperparameters. By default, mask_votes
-    is 1 for encoders that are evaluated with hidden tokens (iGPT's bert objective), else 0. Other runs use the same
-    layer, if their encoders have layers to choose from, and their own default masks.
+    `exclude` applies to both training and test images. Without `test`, a fifth of every class is held out as test
+    images. `seed` also determines which training images are held out to choose hyperparameters. By default,
+    `mask_votes` is 1 for encoders that are evaluated with hidden tokens (iGPT's bert objective), otherwise 0. `layer`
+    also applies to other runs whose encoders have layers to choose from; `mask_votes` applies only to this run.
     """
 
     data: Data
@@ -121,7 +121,7 @@ class ProbeOptions(Options):
 
     @property
     def budgets(self) -> Sequence[int | None]:
-        """The numbers of labels per class, ascending; [None] for all labels."""
+        """The numbers of labels per class, in ascending order, or [None] if all labels are used."""
         if self.shots is None or isinstance(self.shots, int):
             return [self.shots]
         return sorted(set(self.shots))
@@ -133,13 +133,13 @@ class ProbeOptions(Options):
 
     @property
     def num_draws(self) -> int:
-        """Random draws of labels per number of labels per class."""
+        """The number of random draws of labels for every number of labels per class."""
         if not self.is_curve:
             return 1
         return DEFAULT_DRAWS if self.label_draws is None else self.label_draws
 
     def check(self) -> None:
-        """Raise UserError for options that would be ignored or are impossible, before anything is read."""
+        """Raise UserError for option values that are impossible or would be ignored; called before any data is read."""
         if self.label_draws is not None and self.shots is None:
             raise UserError(
                 f"got --label-draws {self.label_draws} without --shots, so there is nothing to draw; give the labels "
@@ -163,7 +163,7 @@ class ProbeOptions(Options):
             raise UserError("got --test-targets without --test, so it would be ignored; give the test images too")
 
     def check_label_free(self, kind: str) -> None:
-        """Raise UserError for options that would be ignored by a kind without labels."""
+        """Raise UserError for options that a kind of probe without labels would ignore."""
         labels = {
             "--test": self.test,
             "--shots": self.shots,

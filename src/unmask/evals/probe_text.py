@@ -32,9 +32,9 @@ UNKNOWN_HELP = "Whether pre-training helped is not known from this: probe again 
 
 
 def protocol(result: FeatureMeasurement, fitted: str) -> str:
-    """Describe the measurement in one sentence: features, fit, images, and what the intervals cover.
+    """Describe the measurement in one sentence: features, probe, images, and what the intervals cover.
 
-    fitted: what this kind of probe fits, in words (`probe_kind.py`).
+    fitted: description of what this kind of probe fits; see `protocol` in `probe_kind.py`.
     """
     assert isinstance(result, ProbeResult | CurveResult)
     rows = result.rows
@@ -59,9 +59,10 @@ def protocol(result: FeatureMeasurement, fitted: str) -> str:
 
 
 def verdict(result: ProbeResult, phrase: str) -> str:
-    """State whether pre-training helps, by how much, and whether the difference is within the noise.
+    """State whether pre-training helps: by how much scores differ from the controls, and which differences are noise.
 
-    phrase: the kind of probe in a sentence ("a linear probe"). Each feature set is represented by its better pooling.
+    phrase: name of the probe in sentences ("a linear probe"). For each feature set, the score of its better pooling is
+    reported.
     """
     assert result.chance is not None, "a verdict needs scores of labelled images"
     own = result.row(PRETRAINED)
@@ -131,7 +132,7 @@ def _clause(other: FeatureScore, difference: Difference, metric: str) -> str:
 
 
 def _against(result: ProbeResult) -> Iterator[str]:
-    """Yield a sentence for each other run that compares it with this run on the same test images."""
+    """For each other run, yield a sentence that compares its score with this run's on the same test images."""
     for difference in result.differences:
         if difference.features in CONTROLS:
             continue
@@ -147,7 +148,7 @@ def _against(result: ProbeResult) -> Iterator[str]:
 
 
 def curve_verdict(result: CurveResult) -> str:
-    """State with how many labels the pre-trained features are above each control and each other run."""
+    """State the accuracy of the pre-trained features, and their lead over controls and other runs, for every budget."""
     own = next(row for row in result.rows if row.features == PRETRAINED and row.pool != "cls")
     curve = ", ".join(f"{point.mean:.1%} with {point.shots}" for point in own.points)
     sentences = [f"The pre-trained features ({pool_title(result.kind, own.pool)}) reach {curve} labels per class."]

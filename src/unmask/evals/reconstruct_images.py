@@ -30,7 +30,7 @@ MAX_DRAWN = 16
 def reconstruct_images(
     run: Path, images: Sequence[str], out: Path, *, step: int | None, seed: int, device: str, console: Console
 ) -> ReconstructResult:
-    """Draw reconstructions of up to 16 images.
+    """Draw the reconstructions of up to 16 images into the PNG file `out`.
 
     Raises UserError for a fine-tuned run, which cannot reconstruct, and when no image can be read.
     """
@@ -59,6 +59,6 @@ def reconstruct_images(
 
 
 def open_images(images: Sequence[str]) -> Source:
-    """Open image files in the order given, or a single data source."""
+    """Open several image files in the given order, or a single image file or data source."""
     one_file = len(images) == 1 and Path(images[0]).is_file() and not images[0].lower().endswith(COLLECTIONS)
     return open_files(images) if one_file or len(images) > 1 else open_source(images[0])

@@ -12,9 +12,10 @@ from unmask.system.plain_names import plain_name
 
 
 def save_result(run: Run, result: ProbeResult | CurveResult, options: ProbeOptions) -> str:
-    """Write a result, replacing an earlier one of the same images. Returns the file name without .json.
+    """Write a result to its file, and return the name of the file without .json.
 
-    A number is added if the file has a result of other images with the same name (many folders are named train).
+    An earlier result for the same images is replaced. If the file has a result for other images (many image folders are
+    named train), a number is appended to the name of the new file.
     """
     name = file_name(result, options)
     number, free = 1, name
@@ -39,7 +40,7 @@ def _places(result: FeatureMeasurement) -> tuple[str | None, ...]:
 
 
 def file_name(result: ProbeResult | CurveResult, options: ProbeOptions) -> str:
-    """Return the name of a result's file: its kind, its images, and every option that differs from the default."""
+    """Return the file name of a result: kind of probe, images, and every option that differs from the default."""
     first = "probe"
     if isinstance(result, CurveResult):
         first = "curve"

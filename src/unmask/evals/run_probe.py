@@ -1,7 +1,8 @@
 """`unmask probe`: measure the frozen features of a run on labelled images, or their rank on any images.
 
 This run, the controls and other runs are measured on the same test images, each with its own encoder and preprocessing.
-Every result is a record of `results.py`, stored in one JSON file of RUN/evals. No choice is ever made on test images.
+Every result is a record of `results.py`, written to its own JSON file in RUN/evals. Hyperparameters and layers are
+chosen on training images only.
 
 Letters: n training images, m test images, T target columns.
 """
@@ -104,8 +105,9 @@ def run_probes(
 ) -> dict[str, ProbeResult | CurveResult]:
     """Measure the features of a run with several kinds of probe, and write each result to RUN/evals.
 
-    The split and the draw of labels depend only on the seed and the images' rows, not on the kind, the encoder, or
-    unreadable files. Raises UserError for options that cannot be combined, and for unusable data.
+    The split into training and test images and the draw of labels depend only on the seed and the rows of the images in
+    their source, not on the kind of probe, the encoder, or unreadable files. Raises UserError for options that cannot
+    be combined, and for unusable data.
     """
     probes = {name: find_kind(name) for name in kinds}
     options.check()
@@ -188,7 +190,10 @@ def _targets(job: ProbeJob, images: LabelledImages, y: np.ndarray) -> TrainingTa
 def all_feature_sets(
     job: ProbeJob, images: LabelledImages | None, rows: np.ndarray, *, controls: bool
 ) -> list[FeatureSets]:
-    """Return the feature sets of this run with its controls and of other runs. rows: images for choosing layers."""
+    """Return the feature sets of this run, with its controls, and of the other runs.
+
+    rows: rows of the images on which layers are compared.
+    """
     untrained = untrained_encoder(job.loaded) if controls else None
     encoders = with_controls(job.loaded.method.encoder, untrained)
     found = [
@@ -208,7 +213,7 @@ def all_feature_sets(
 def training_features(
     job: ProbeJob, sets: Sequence[FeatureSets], images: LabelledImages, *, tokens: bool
 ) -> tuple[dict[str, FeatureTable], list[TrainingSet]]:
-    """Compute the features of all training images once; return them with the images of each fit."""
+    """Compute the features of all training images once; return them with the training images of every fit."""
     rows, options = images.train_rows, FeatureOptions(title="training images", tokens=tokens, cache=job.cache)
     while True:
         chosen = training_sets(images, rows, job.options, draws=job.options.num_draws)
@@ -250,10 +255,10 @@ def test_features(
     images: LabelledImages,
     fits: Mapping[str, Mapping[str, Sequence[Fitted]]],
 ) -> tuple[dict[str, FeatureTable], dict[str, dict[str, list[np.ndarray]]]]:
-    """Return the features of the test images, and the predictions of the probes of all tokens.
+    """Compute the features of the test images, and predict their targets with the probes of all tokens.
 
-    fits: fitted probes by kind and feature set. The predictions are by kind and name of the test table, one array per
-    fit. Tokens of only TEST_PIECE images are in memory at once.
+    fits: fitted probes by kind and feature set. Returns the tables of features by name, and the predictions by kind of
+    probe and name of the table, one array per fit. The tokens of at most TEST_PIECE images are in memory at once.
     """
     rows = images.test_rows
     if not fits:
@@ -279,7 +284,7 @@ def test_features(
 
 @dataclass(frozen=True)
 class TestPredictions:
-    """The predictions of one kind of probe for the test images, per draw of labels, with the true labels.
+    """The predictions of one kind of probe for the test images, for every draw of labels, with the true labels.
 
     shared: number of test images that are also training images.
     """
@@ -304,7 +309,7 @@ class MeasuredRun(TypedDict):
 
 
 class MeasuredImages(MeasuredRun):
-    """The fields of `FeatureMeasurement` that a probe and a label-budget curve fill alike."""
+    """The fields of `FeatureMeasurement` that have the same content in a `ProbeResult` and a `CurveResult`."""
 
     kind: str
     title: str
@@ -329,7 +334,7 @@ def make_result(
     sets: Sequence[FeatureSets],
     predicted: TestPredictions,
 ) -> ProbeResult | CurveResult:
-    """Score the predictions of one kind of probe, and make its result."""
+    """Score the predictions of one kind of probe, and return its result."""
     draws, test_y, shared = predicted.draws, predicted.test_y, predicted.shared
     labelling, options = images.labelling, job.options
     require_defined(test_y, labelling)
@@ -396,7 +401,7 @@ def _caveat_of_finetuning(loaded: Loaded) -> Iterable[str]:
 
 
 def measure_without_labels(job: ProbeJob, kinds: Mapping[str, LabelFreeMeasure]) -> dict[str, ProbeResult]:
-    """Compute label-free measures of features, also for the controls, because such a number alone means little."""
+    """Compute label-free measures of the features of this run and of the controls, with which they are compared."""
     source = open_source(job.options.data, job.options.exclude)
     rows = np.arange(len(source))
     sets = all_feature_sets(job, None, rows, controls=True)
@@ -428,7 +433,7 @@ def measure_without_labels(job: ProbeJob, kinds: Mapping[str, LabelFreeMeasure])
 
 
 def _measure(measure: LabelFreeMeasure, features: str, table: FeatureTable) -> Iterable[FeatureScore]:
-    """Yield the measured number of every pooling of one feature set."""
+    """Yield the value of a label-free measure for every pooling of one feature set."""
     if table.cls is not None:
         yield FeatureScore(features=features, pool="cls", value=measure.measure(table.cls), total=len(table))
     pool = "pixels" if features == RAW_PIXELS else "mean"

@@ -1,6 +1,6 @@
 """Score predictions against the truth: values with 95 % intervals, and differences between feature sets.
 
-Accuracy has a Wilson interval, and differences of accuracy the interval for paired proportions
+An accuracy has a Wilson interval. A difference of accuracies has the interval for paired proportions
 (`metrics/intervals.py`), because two feature sets are scored on the same test images and their errors are correlated.
 Average precision and R2 have bootstrap intervals over the same resamples of the test images, so their differences are
 computed resample by resample. All intervals cover the choice of the test images, not the seed of pre-training or the
@@ -41,10 +41,10 @@ INTERVALS = {
 
 @dataclass(frozen=True)
 class Scored:
-    """A score with the data from which differences to other feature sets are computed.
+    """A score of one feature set, with the data for computing its difference from the scores of other feature sets.
 
-    right: (m,) bool, whether the predicted class of each test image is correct. resamples: (R,) values of another
-    metric in the bootstrap resamples.
+    right: (m,) bool, whether the predicted class of each test image is correct. resamples: (R,) values of the metric in
+    the bootstrap resamples, for metrics other than accuracy.
     """
 
     score: FeatureScore
@@ -52,7 +52,7 @@ class Scored:
     resamples: np.ndarray | None = None
 
     def minus(self, other: Scored) -> tuple[float, float, float]:
-        """Return the difference to another score on the same test images: (value, low, high)."""
+        """Return this score minus another on the same test images, with its interval: (value, low, high)."""
         if self.right is not None and other.right is not None:
             return paired_difference(self.right, other.right)
         assert self.resamples is not None, "all feature sets have the same metric"
@@ -108,10 +108,10 @@ def _targets(
 def differences(scored: Sequence[Scored], runs: Sequence[str]) -> tuple[Difference, ...]:
     """Compare the run's own features with each control, then with each of the other `runs`.
 
-    For controls, the better pooling of each side is compared: the untrained encoder has the same poolings as the
-    pre-trained one; raw pixels have only one, which favours the encoders a little near chance. For other runs, the mean
-    over patches is compared, which both have: the better of two poolings, chosen on the test images, would favour an
-    encoder that has two.
+    With controls, the better pooling of each feature set is compared. The untrained encoder has the same poolings as
+    the pre-trained one. Raw pixels have only one pooling, which favours encoders with two a little if scores are near
+    chance. With other runs, the mean over patches is compared, which both runs have: choosing the better of two
+    poolings on the test images would favour an encoder that has two.
     """
     pairs = []
     for name in CONTROLS:
@@ -134,15 +134,15 @@ def differences(scored: Sequence[Scored], runs: Sequence[str]) -> tuple[Differen
 
 
 def _best(scored: Sequence[Scored], features: str) -> Scored | None:
-    """Return the best pooling of one feature set; the first one in a tie."""
+    """Return the score of the best pooling of one feature set; the first one in a tie."""
     return max((each for each in scored if each.score.features == features), key=lambda e: e.score.value, default=None)
 
 
 def chance_of(train_y: np.ndarray, test_y: np.ndarray, labelling: Labelling) -> float:
-    """Return the score of a prediction that does not use the images.
+    """Return the chance level: the score of a prediction that does not use the images.
 
-    Classes: the larger of 1 / K and the accuracy of always predicting the most frequent training class. Mean average
-    precision: the share of positives. R2: 0, a constant prediction.
+    For classes it is `chance_level`, for mean average precision the share of positive test images, averaged over
+    labels, and for R2 it is 0, the score of a constant prediction.
     """
     if labelling.task == CLASSES:
         return chance_level(train_y, test_y, len(labelling.names))
@@ -167,14 +167,17 @@ def require_defined(test_y: np.ndarray, labelling: Labelling) -> None:
 
 
 def _is_defined(test_y: np.ndarray, labelling: Labelling) -> np.ndarray:
-    """Return whether the metric of each column is defined on these test images, (T,) bool; always true for classes."""
+    """Return for each target column whether its metric is defined on these test images, (T,) bool.
+
+    Accuracy is always defined, so the result for classes is [True].
+    """
     if labelling.task == CLASSES:
         return np.ones(1, bool)
     return np.asarray(test_y.any(0) if labelling.task == MULTILABEL else np.ptp(test_y, 0) > 0)
 
 
 def caveats_of(train_y: np.ndarray, test_y: np.ndarray, labelling: Labelling, shared: int) -> tuple[str, ...]:
-    """Return caveats about the scores as sentences. shared: number of test images that are training images."""
+    """Return caveats about the scores as sentences. shared: number of test images that are also training images."""
     notes = []
     if shared:
         notes.append(

@@ -1,15 +1,14 @@
 """Attentive probe: a small attention layer, fitted to all frozen tokens.
 
-The tokens contain information that their mean loses. One learned query attends to all tokens by cross-attention
-(projected keys and values, several heads), and a linear layer maps the result to the outputs. From Chen et al. 2022,
-"Context autoencoder for self-supervised representation learning", section 4.2; also used for I-JEPA, V-JEPA and AIM,
-whose features are in the patch tokens. The tokens are computed once, without augmentation, and stored in half
-precision.
+An attentive probe can use information that the mean over tokens loses. One learned query attends to all tokens by
+cross-attention (projected keys and values, several heads), and a linear layer maps the result to the outputs. From Chen
+et al. 2022, "Context autoencoder for self-supervised representation learning", section 4.2; I-JEPA, V-JEPA and AIM are
+also evaluated with attentive probes. The tokens are computed once, without augmentation, and stored in half precision.
 
 The settings are fixed: AdamW (weight decay 0.1), batches of 256, 30 epochs but at least 300 steps, warm-up over a
 twentieth of the steps, then cosine decay to 0. The learning rate is the best of 0.001, 0.003 and 0.01 on a held-out
-fifth of the training images; then the probe is fitted to all of them. Unlike the paper, and as in AIM, there is no MLP
-after the attention.
+fifth of the training images; then the probe is fitted to all training images. As in AIM but unlike Chen et al., there
+is no MLP after the attention.
 
 Letters: B batch, T tokens, D width, H heads, K outputs, n training images, m test images.
 """
@@ -42,7 +41,8 @@ class AttentiveHead(nn.Module):
     """Map (B, T, D) tokens to (B, K) outputs; for a single token, this is a linear layer.
 
     The query and key projections are merged into one vector per head, and values are projected after the weighted sum.
-    Both maps are linear, so the result is the same, several times cheaper. mean, std: (D,), standardise the tokens.
+    The projections are linear, so the result is the same, at a fraction of the FLOPs. mean, std: (D,), mean and
+    standard deviation by which tokens are standardised.
     """
 
     def __init__(self, mean: Tensor, std: Tensor, tokens: int, outputs: int, generator: torch.Generator) -> None:
@@ -66,7 +66,7 @@ class AttentiveHead(nn.Module):
         if not self.attends:
             return F.linear((tokens[:, 0] - self.mean) / self.std, self.weight, self.bias)
         queries = torch.einsum("hd,hdw->hw", self.query, self.key) / math.sqrt(self.query.shape[1])
-        # Subtracting `mean` would not change the softmax.
+        # `mean` is not subtracted here, because that would not change the softmax.
         attention = (tokens @ (queries / self.std).T).softmax(1)  # (B, T, H)
         gathered = attention.transpose(1, 2) @ tokens  # (B, H, D)
         gathered = (gathered - self.mean) / self.std
@@ -75,10 +75,10 @@ class AttentiveHead(nn.Module):
 
 
 def fit_attentive(tokens: Tokens, positions: np.ndarray, targets: TrainingTargets) -> Fitted:
-    """Fit a head to the images at `positions` (n,) in `tokens`; the targets are in the same order.
+    """Fit a head to the tokens of the images at `positions` (n,); the targets have the order of `positions`.
 
-    Every random choice depends only on the seed. With one image per class nothing can be held out, so the learning rate
-    is 0.003.
+    Every random choice depends only on the seed. With one image per class, none can be held out to choose the learning
+    rate, so it is 0.003.
     """
     y, task, seed, device = targets.y, targets.task, targets.seed, targets.device
     goal, decode = _goal(y, task)
@@ -101,14 +101,14 @@ def fit_attentive(tokens: Tokens, positions: np.ndarray, targets: TrainingTarget
 
 @torch.no_grad()
 def _outputs(head: AttentiveHead, tokens: Tokens, decode: Callable[[Tensor], np.ndarray]) -> np.ndarray:
-    """Return classes (m,) int64, or scores or quantities (m, K) float64."""
+    """Predict the targets of test images: classes (m,) int64, or scores or quantities (m, K) float64."""
     device = head.bias.device
     pieces = torch.arange(len(tokens.values)).split(PIECE)
     return np.concatenate([decode(head(_take(tokens, piece, device)).cpu()) for piece in pieces])
 
 
 def _goal(y: np.ndarray, task: str) -> tuple[Tensor, Callable[[Tensor], np.ndarray]]:
-    """Return the targets of the head as a tensor, and the function that maps its outputs (m, K) to predictions."""
+    """Return the training targets as a tensor, and the function that maps outputs of the head to predictions."""
     if task == CLASSES:
         known, place = np.unique(y, return_inverse=True)
         return torch.from_numpy(place), lambda out: known[out.argmax(1).numpy()].astype(np.int64)
@@ -152,14 +152,14 @@ def _train(
 
 
 def _batches(count: int, batch: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Yield positions, in a new order every epoch; the last incomplete batch of an epoch is dropped."""
+    """Yield batches of indices below `count`, shuffled every epoch; an incomplete last batch is dropped."""
     while True:
         order = torch.randperm(count, generator=generator)
         yield from order[: count // batch * batch].split(batch)
 
 
 def _statistics(tokens: Tokens, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the mean and standard deviation (D,) over all tokens of these images."""
+    """Return the mean and standard deviation (D,) of all tokens of the images at `positions`."""
     count, total, square = 0, 0.0, 0.0
     for part in positions.split(PIECE):
         flat = tokens.values[part].double().flatten(0, 1)
@@ -171,7 +171,7 @@ def _statistics(tokens: Tokens, positions: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _take(tokens: Tokens, positions: Tensor, device: str | torch.device) -> Tensor:
-    """Return the tokens of these images, (B, T, D) float32."""
+    """Return the tokens of the images at `positions`, (B, T, D) float32."""
     values = tokens.values[positions].to(device).float()
     return values * tokens.scale.to(device) + tokens.middle.to(device)
 
@@ -180,7 +180,7 @@ def _take(tokens: Tokens, positions: Tensor, device: str | torch.device) -> Tens
 def _score(
     head: AttentiveHead, tokens: Tokens, positions: np.ndarray, goal: Tensor, task: str, device: str
 ) -> tuple[float, float]:
-    """Return (metric of the task, negative loss) of a head on held-out images; larger is better."""
+    """Return the score of a head on held-out images, larger is better: (metric of the task, negative loss)."""
     where = torch.from_numpy(np.asarray(positions, np.int64))
     out = torch.cat([head(_take(tokens, part, device)).cpu() for part in where.split(PIECE)])
     loss = -float(_loss(out, goal, task))

@@ -1,14 +1,14 @@
-"""k nearest neighbours: a vote of the most similar training images, without any training.
+"""k nearest neighbours: a vote of the most similar training images; nothing is trained.
 
 Follows the usual protocol (Wu et al. 2018, "Unsupervised feature learning via non-parametric instance discrimination",
 section 3.4; Caron et al. 2021, DINO): the k training images with the largest cosine similarity s vote for their class
 with weight exp(s / 0.07). Features are neither scaled nor centred.
 
-Multi-label targets and quantities are predicted by the weighted mean over the same neighbours.
+Multi-label targets and quantities are predicted by the mean over the k nearest training images, with the same weights.
 
-scikit-learn's KNeighborsClassifier is not used: its resolution of ties depends on the order of its search, and with a
-function as weights it needs several times the memory. Here ties are resolved deterministically, and the similarity
-matrix is computed in pieces.
+scikit-learn's KNeighborsClassifier is not used: which of several equally near neighbours it uses depends on the order
+of its search, and with a function as `weights` it needs several times the memory of this file. Here rows break ties,
+and the similarity matrix is computed in pieces.
 
 Letters: n training images, m test images, D width, K classes, T target columns.
 """
@@ -30,12 +30,13 @@ CHUNK_BYTES = 32 << 20
 
 
 def knn(train_x: np.ndarray, train_y: np.ndarray, test_x: np.ndarray, *, k: int = K) -> np.ndarray:
-    """Predict the classes (m,) int64 of `test_x` (m, D) from `train_x` (n, D) with labels `train_y` (n,) >= 0.
+    """Predict the classes (m,) int64 of test features by a vote of the nearest training features.
 
-    With fewer than k training images all of them vote. A feature of length zero has similarity 0 to everything. Among
-    equally similar training images, the ones with the lower rows are used; among classes with equal votes, the one with
-    the most similar neighbour wins, then the one with the lower number. The similarity matrix is computed in pieces of
-    at most 32 MiB. Raises ValueError for k < 1 or arrays whose shapes do not match.
+    train_x: (n, D). train_y: (n,), class numbers >= 0. test_x: (m, D). k: number of neighbours; with fewer than k
+    training images, all of them vote. A feature vector of length zero has similarity 0 to all others. Among equally
+    similar training images, those with the lower rows are used. Among classes with equal votes, the class with the most
+    similar neighbour wins, then the class with the lower number. The similarity matrix is computed in pieces of at most
+    32 MiB. Raises ValueError if k is less than 1 or the shapes of the arrays do not match.
     """
     labels = np.asarray(train_y, np.int64)
     pieces = _nearest(train_x, train_y, test_x, k)
@@ -44,9 +45,9 @@ def knn(train_x: np.ndarray, train_y: np.ndarray, test_x: np.ndarray, *, k: int 
 
 
 def knn_mean(train_x: np.ndarray, train_y: np.ndarray, test_x: np.ndarray, *, k: int = K) -> np.ndarray:
-    """Predict (m, T) float64: the mean of `train_y` (n, T) over the neighbours, with the weights of `knn`.
+    """Predict targets (m, T) float64: the weighted mean of `train_y` (n, T) over the nearest training features.
 
-    Neighbours and errors are as in `knn`.
+    `knn` describes the choice of the neighbours, their weights, and the errors.
     """
     predictions = []
     for near, rows in _nearest(train_x, train_y, test_x, k):
@@ -58,7 +59,7 @@ def knn_mean(train_x: np.ndarray, train_y: np.ndarray, test_x: np.ndarray, *, k:
 def _nearest(
     train_x: np.ndarray, train_y: np.ndarray, test_x: np.ndarray, k: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield the similarities and rows (piece, k) of the neighbours for successive pieces of the test images."""
+    """For successive pieces of the test images, yield the similarities and rows (piece, k) of their neighbours."""
     if k < 1:
         raise ValueError(f"got k={k} neighbours; expected at least 1, {K} is usual")
     if not len(train_x) or len(train_x) != len(train_y) or train_x.shape[1:] != test_x.shape[1:]:
@@ -77,10 +78,10 @@ def _unit(x: np.ndarray) -> Tensor:
 
 
 def _neighbours(similarity: Tensor, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the similarities and rows (m, k) of the nearest neighbours; lower rows first among equals."""
+    """Return the similarities and rows (m, k) of the nearest neighbours; lower rows are chosen among equals."""
     near, rows = similarity.topk(min(k + 1, similarity.shape[1]), dim=1)
     last = near[:, k - 1 : k]
-    # topk does not order equal values, which matters if the (k + 1)-th similarity equals the k-th.
+    # If the (k + 1)-th similarity equals the k-th, topk chooses either; here the one with the lower row must be chosen.
     tied = (near[:, k:] == last).nonzero()[:, 0].tolist()
     near, rows = near[:, :k].clone(), rows[:, :k].clone()  # (m, k)
     for test in tied:
@@ -93,7 +94,7 @@ def _neighbours(similarity: Tensor, k: int) -> tuple[np.ndarray, np.ndarray]:
 
 def _vote(near: np.ndarray, rows: np.ndarray, labels: np.ndarray, classes: int) -> np.ndarray:
     m = len(near)
-    order = np.lexsort((rows, -near), axis=1)  # a fixed order of summation keeps equal votes equal
+    order = np.lexsort((rows, -near), axis=1)  # summing in a fixed order keeps equal votes exactly equal
     near, rows = np.take_along_axis(near, order, 1), np.take_along_axis(rows, order, 1)
     near = near.astype(np.float64)
     place = (np.arange(m)[:, None], labels[rows])  # (m, k): the class that each neighbour votes for

@@ -1,11 +1,11 @@
 """Linear probe: a linear classifier or linear regression, fitted to pooled features.
 
 Classes are predicted by multinomial logistic regression (scikit-learn, L-BFGS) on standardised features, multi-label
-targets by one logistic regression per label, quantities by ridge regression.
+targets by one logistic regression per label, and quantities by ridge regression.
 
-This is a cheaper variant of the paper's probe (SGD with augmentation on the class token after BatchNorm, He et al.
-2021, A.1), which is available as `--kind paper-linear`; their scores are close, not equal. The regularisation is chosen
-on a held-out fifth of the training images, never on test images.
+This probe is cheaper than that of the MAE paper (SGD with augmentation on the class token after BatchNorm, He et al.
+2021, A.1), which is available as `--kind paper-linear`. The scores of the two are close, but not equal. The strength of
+the regularisation is chosen on a held-out fifth of the training images, never on test images.
 
 Letters: n training images, m test images, D width, T target columns.
 """
@@ -34,10 +34,11 @@ MAX_ITERATIONS, FINAL_ITERATIONS = 500, 5_000
 
 
 class Standardise:
-    """Standardise features by the mean and standard deviation of the training features (n, D); constant ones become 0.
+    """Standardise features by the mean and standard deviation of the training features (n, D).
 
-    scikit-learn's StandardScaler treats a feature as constant only within float64 rounding, so it would scale features
-    that vary only by float32 rounding up to noise of variance 1.
+    Features that are constant in the training images become 0, even if they vary by float32 rounding. scikit-learn's
+    StandardScaler would scale such rounding errors up to noise of variance 1, because it treats a feature as constant
+    only if it varies by no more than float64 rounding.
     """
 
     def __init__(self, x: np.ndarray) -> None:
@@ -50,9 +51,10 @@ class Standardise:
 
 
 def fit_linear(x: np.ndarray, targets: TrainingTargets, *, c: float | None = None) -> Fitted:
-    """Fit the linear probe of a task to features (n, D). c: inverse regularisation for classes, chosen by default.
+    """Fit the linear probe for the task of the targets to features (n, D).
 
-    Raises UserError for fewer than two classes.
+    c: inverse regularisation strength for classes, or None to choose it. Raises UserError for fewer than
+    two classes.
     """
     if targets.task == CLASSES:
         return fit_classes(x, targets.y, seed=targets.seed, c=c)
@@ -63,11 +65,11 @@ def fit_linear(x: np.ndarray, targets: TrainingTargets, *, c: float | None = Non
 def fit_classes(x: np.ndarray, y: np.ndarray, *, seed: int = 0, c: float | None = None) -> Fitted:
     """Fit logistic regression to features (n, D) with labels `y` (n,). The result predicts classes (m,) int64.
 
-    C is the power of ten from 1e-5 to 1e2 with the best accuracy on a fifth of every class, held out by `seed`; ties
-    are broken by the log-loss. The search goes from strong to weak regularisation, starts each fit from the previous
-    one, and ends after two values in a row without improvement. Then all training images are fitted with this C. With
-    one image per class nothing can be held out, so C is 0.01. c: use this C instead. Raises UserError for fewer than
-    two classes.
+    C, the inverse regularisation strength, is the power of ten from 1e-5 to 1e2 with the best accuracy on a held-out
+    fifth of every class; ties are broken by the log-loss. `seed` determines the held-out images. The search goes from
+    strong to weak regularisation, starts each fit from the previous one, and ends after two values in a row without
+    improvement. Then the model is fitted to all training images with this C. With one image per class, none can be held
+    out, so C is 0.01. c: value of C, or None to choose it. Raises UserError for fewer than two classes.
     """
     y = np.asarray(y, np.int64)
     if len(np.unique(y)) < 2:
@@ -86,10 +88,10 @@ def fit_classes(x: np.ndarray, y: np.ndarray, *, seed: int = 0, c: float | None 
 
 
 def fit_labels(x: np.ndarray, y: np.ndarray, *, seed: int = 0) -> Fitted:
-    """Fit one logistic regression per label to `y` (n, T) of 0 and 1. The result predicts scores (m, T) float64.
+    """Fit one logistic regression per label (column) of `y` (n, T), 0 or 1. The result predicts scores (m, T) float64.
 
     All labels share one C: the power of ten with the best mean average precision on a held-out fifth of the training
-    images. A label that no training image has, or all have, gets score 0 for every image.
+    images. A label that all training images have, or none has, gets score 0 for every test image.
     """
     standardise = Standardise(x)
     x = standardise(x)
@@ -109,14 +111,14 @@ def fit_labels(x: np.ndarray, y: np.ndarray, *, seed: int = 0) -> Fitted:
 
 
 def _fit_each(models: list[LogisticRegression], c: float, x: np.ndarray, y: np.ndarray) -> bool:
-    """Fit the models of all labels that vary; return whether all converged."""
+    """Fit the models of all labels that vary among the training images; return whether all models converged."""
     varying = [(model, column) for model, column in zip(models, y.T, strict=True) if np.ptp(column)]
     converged = [_fit(model.set_params(C=c), x, column)[1] for model, column in varying]
     return all(converged)
 
 
 def _scores(models: list[LogisticRegression], y: np.ndarray, test_x: np.ndarray) -> np.ndarray:
-    """Return the scores (m, T) float64 of the models of all labels."""
+    """Return the scores (m, T) float64 of test features `test_x` under the models of all labels."""
     scores = np.zeros((len(test_x), y.shape[1]))
     for place, model in enumerate(models):
         if np.ptp(y[:, place]):
@@ -127,8 +129,8 @@ def _scores(models: list[LogisticRegression], y: np.ndarray, test_x: np.ndarray)
 def fit_quantities(x: np.ndarray, y: np.ndarray, *, seed: int = 0) -> Fitted:
     """Fit ridge regression to `y` (n, T) float64. The result predicts quantities (m, T).
 
-    All columns, each standardised, share one penalty: the power of ten from 1e-2 to 1e6 with the smallest squared error
-    on a held-out fifth of the training images. The chosen `c` is 1 / penalty.
+    The columns of `y` are standardised and share one penalty: the power of ten from 1e-2 to 1e6 with the smallest mean
+    squared error on a held-out fifth of the training images. The chosen `c` is 1 / penalty.
     """
     standardise = Standardise(x)
     x = standardise(x)
@@ -162,7 +164,7 @@ def _predict(model: Ridge, x: np.ndarray) -> np.ndarray:
 
 
 def choose_c(fit_x: np.ndarray, fit_y: np.ndarray, held_x: np.ndarray, held_y: np.ndarray) -> float:
-    """Return the C of `C_GRID` with the best accuracy on the held-out rows, then the lowest log-loss."""
+    """Return the C of `C_GRID` with the best accuracy on held-out images; the lowest log-loss breaks ties."""
     # LogisticRegressionCV is as fast, but chooses the smallest C among equal accuracies instead of the lowest log-loss,
     # which would change published results.
     model = LogisticRegression(max_iter=MAX_ITERATIONS, warm_start=True)
@@ -170,7 +172,7 @@ def choose_c(fit_x: np.ndarray, fit_y: np.ndarray, held_x: np.ndarray, held_y: n
     for c in C_GRID:
         model, _ = _fit(model.set_params(C=c), fit_x, fit_y)
         chances = model.predict_proba(held_x)
-        place = np.searchsorted(model.classes_, held_y)  # every class is in the fitted part
+        place = np.searchsorted(model.classes_, held_y)  # every held-out class also has fitted images
         right = float((chances.argmax(1) == place).mean())
         score = right, float(np.log(chances[np.arange(len(place)), place] + 1e-12).mean())
         best, best_c, worse = (score, c, 0) if score > best else (best, best_c, worse + 1)
@@ -180,10 +182,10 @@ def choose_c(fit_x: np.ndarray, fit_y: np.ndarray, held_x: np.ndarray, held_y: n
 
 
 def _fit(model: LogisticRegression, x: np.ndarray, y: np.ndarray) -> tuple[LogisticRegression, bool]:
-    """Fit a model in place; return it and whether L-BFGS converged."""
-    # One thread: L-BFGS computes many short products, and waiting threads on busy cores made it 40 times slower.
+    """Fit a logistic regression in place; return it and whether L-BFGS converged."""
+    # L-BFGS computes many small products. With several threads on busy cores it was 40 times slower than with one.
     with threadpool_limits(1), warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # reported in the result instead
+        warnings.simplefilter("ignore", ConvergenceWarning)  # `Fitted.converged` reports it instead
         model.fit(x, y)
     return model, int(np.max(model.n_iter_)) < model.max_iter
 

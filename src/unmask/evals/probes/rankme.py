@@ -6,8 +6,9 @@ are the singular values of the features:
 
     exp(-sum_k p_k log p_k),  p_k = sigma_k / sum_j sigma_j + 1e-7
 
-It lies between 1 and the smaller of n and D. The paper uses it to choose among training runs of one method, where a
-higher rank correlated with better linear probes. It does not measure whether features are useful: noise has full rank.
+The effective rank is between 1 and the smaller of n and D. The paper uses it to choose among training runs of one
+method, for which a higher rank correlated with better linear probes. The rank does not measure whether features are
+useful: noise has full rank.
 
 Letters: n images, D width of a feature.
 """
@@ -25,7 +26,7 @@ EPSILON = 1e-7
 
 
 def effective_rank(features: np.ndarray) -> float:
-    """Return the effective rank of features (n, D) without centring or scaling."""
+    """Return the effective rank of features (n, D), which are neither centred nor scaled."""
     singular = np.linalg.svd(features.astype(np.float64), compute_uv=False)
     total = singular.sum()
     if total == 0:  # all features are zero
