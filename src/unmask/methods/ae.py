@@ -1,8 +1,8 @@
 """Autoencoder: Hinton & Salakhutdinov 2006, "Reducing the dimensionality of data with neural networks".
 
 The encoder maps an image to a small code, the decoder maps the code back to an image. Nothing is masked or random; only
-the size of the code prevents copying. With `activation=linear` and the mean squared error it learns the subspace of the
-first principal components, which a test verifies.
+the small size of the code prevents the network from copying its input. With `activation=linear` and the mean squared
+error the autoencoder learns the subspace of the first principal components, which a test verifies.
 
 Differs from the paper: all layers are trained at once with AdamW, while the paper pre-trains each as a restricted
 Boltzmann machine and fine-tunes with conjugate gradients; images may have any size and number of channels; besides the

@@ -5,9 +5,9 @@ replaces their embeddings, the encoder processes the whole sequence, and one lin
 masked patch. The codes come from a frozen dVAE that was trained beforehand.
 
 Recipes follow the released code where paper and code differ: its encoder has no absolute positions but a relative
-position bias shared by all blocks, and LayerScale; the paper's main text has learned absolute positions. All of these
-are settings of the encoder. `target=pixels` is the paper's ablation without tokens, `mask=random` its ablation without
-blocks.
+position bias shared by all blocks, and LayerScale; the paper's main text has learned absolute positions. Positions,
+bias and LayerScale are settings of the encoder. Two settings are ablations of the paper: `target=pixels` predicts
+pixels instead of codes, and `mask=random` samples single patches instead of blocks.
 
 Differs from the paper and its code: masks hide the same number of patches in every image (`nn/masks.py`), while the
 code's hide at most that many; the dVAE sees the encoder's crop, shrunk bicubically (there: a second view of the crop,
@@ -43,7 +43,7 @@ INIT_STD = 0.02
 class Config(MethodConfig):
     """BEiT's settings. `unmask pretrain --tokenizer RUN` sets `tokenizer`, the dVAE's network, and loads its weights.
 
-    smallest_block: the least number of patches in a block; None for BEiT's share of the grid (16 of 14 x 14 patches).
+    smallest_block: the least number of patches in a block, by default BEiT's share of the grid (16 of 14 x 14 patches).
     """
 
     name: Literal["beit"] = "beit"
@@ -104,7 +104,7 @@ class BEiT(Method):
         return Loss(self.target.loss(guess, truth, weights), logs)
 
     def sample(self, clock: Clock) -> Mask:
-        """Sample a mask for each image of the clock's batch."""
+        """Sample a patch mask for each image, from the random draws of `clock`."""
         count, grid, ratio = len(clock.rng.index), self.encoder.grid, self.config.mask_ratio
         if self.config.mask == "random":
             return random_mask(count, grid, ratio, clock.rng)
@@ -113,7 +113,7 @@ class BEiT(Method):
     def guess(self, patches: Tensor, mask: Mask) -> Tensor:
         """Predict scores of all codes (or the pixels) of each masked patch: (B, N, P) -> (B, M, V)."""
         tokens = self.encoder.patch_embed(patches)
-        tokens = torch.where(mask.hidden()[..., None], self.mask_token, tokens)  # float32, like the token
+        tokens = torch.where(mask.hidden()[..., None], self.mask_token, tokens)  # float32, like mask_token
         return self.head(take(self.encoder.run(self.encoder.place(tokens))[:, 1:], mask.drop))
 
     def picture(self, batch: Batch, clock: Clock) -> Picture:
@@ -149,7 +149,7 @@ class BEiT(Method):
 
 
 def make_target(config: Config, images: ImageSpec) -> Target:
-    """Return the prediction target. Raises UserError if it needs a tokenizer and none is given."""
+    """Return the prediction target. Raises UserError if the target needs a tokenizer and none is given."""
     patch = config.encoder.patch
     if config.target == "tokens":
         return Tokens(require_tokenizer(config.tokenizer), images, patch)

@@ -1,15 +1,15 @@
 """CrossMAE: "Rethinking Patch Dependence for Masked Autoencoders", Fu, Lian et al. 2024 (TMLR 2025).
 
-The encoder is MAE's and sees the visible patches only. The decoder is different: hidden patches do not attend to one
-another; each attends to the visible ones by cross-attention only. So not all of them need to be predicted: with N
-patches, mask ratio r and predict ratio gamma, the decoder runs on gamma N query tokens instead of MAE's 1 + N (at 224
-pixels and gamma 0.25 these are 49 of 147 hidden patches, instead of 197 tokens), and the loss covers only these.
-Decoder block j reads its own learned mixture of all the encoder's feature maps, including the encoder's input
-(`nn/cross.py`).
+The encoder is MAE's and sees the visible patches only. CrossMAE differs from MAE in its decoder: hidden patches do not
+attend to one another; each attends to the visible ones by cross-attention only. So the decoder need not predict all
+hidden patches: with N patches, mask ratio r and predict ratio gamma, the decoder runs on gamma N query tokens instead
+of MAE's 1 + N (at 224 pixels and gamma 0.25 these are 49 of 147 hidden patches, instead of 197 tokens), and the loss
+covers only these. Decoder block j reads its own learned mixture of all the encoder's feature maps, including the
+encoder's input (`nn/cross.py`).
 
 The mixtures have their own LayerNorms, so the encoder's final LayerNorm gets no gradient: it keeps its initial values
-(gain 1, bias 0) and is marked as not trainable, unless `weighted_features` is off. The same holds in the official code,
-whose fine-tuning starts from a new LayerNorm.
+(gain 1, bias 0) and is marked as not trainable, unless `weighted_features` is off. The official code does not train
+this LayerNorm, either; its fine-tuning starts from a new one.
 
 Differs from the official code without changing a result: only kept patches are embedded; masks come from counter-based
 draws that depend on the image; float errors do not make N (1 - r) or N (r - gamma) one too small. The official
@@ -37,7 +37,9 @@ from unmask.nn.vit import ViT, ViTConfig
 
 
 class Config(MethodConfig):
-    """CrossMAE's settings. Both ratios are shares of ALL patches: 0.25 of 0.75 predicts a third of the hidden ones."""
+    """CrossMAE's settings. `mask_ratio` and `predict_ratio` are shares of ALL patches: 0.75 and 0.25 predict a third of
+    the hidden patches.
+    """
 
     name: Literal["crossmae"] = "crossmae"
     encoder: ViTConfig
@@ -89,7 +91,7 @@ class CrossMAE(Method):
         """Return the mean squared error on the predicted patches, in the units of the target."""
         patches = self.encoder.patches(batch.images)  # (B, N, P), normalised
         mask = random_mask(len(patches), self.encoder.grid, self.mask_ratio, clock.rng)
-        asked = mask.drop[:, -self.asked :]  # drop is in random order, so any slice is a random subset
+        asked = mask.drop[:, -self.asked :]  # any slice of mask.drop is a random subset
         guess = self.decoder(self.layers(patches, mask), asked)
         valid = valid_patches(batch, self.encoder.patch)
         truth = take(self.target(patches, batch.images, valid), asked)
@@ -99,7 +101,8 @@ class CrossMAE(Method):
         """Return the inputs of the decoder: (B, N, P) -> feature maps (B, 1 + K, D), class token first, earliest block
         first.
 
-        These are the encoder's input and the output of each of its blocks; without `weighted_features` only its output.
+        The feature maps are the encoder's input and the output of each of its blocks; without `weighted_features` there
+        is only one, the encoder's output.
         """
         tokens = self.encoder.embed(take(patches, mask.keep), mask.keep)
         if self.decoder.inter_block is None:
@@ -107,7 +110,7 @@ class CrossMAE(Method):
         return list(self.encoder.layers(tokens, mask.keep))
 
     def picture(self, batch: Batch, clock: Clock) -> Picture:
-        """Draw panels for ALL hidden patches; the numbers are those of the subset in the loss."""
+        """Draw predictions of ALL hidden patches; the reported losses cover only the patches predicted in training."""
         patches = self.encoder.patches(batch.images)
         mask = random_mask(len(patches), self.encoder.grid, self.mask_ratio, clock.rng)
         guess = self.decoder(self.layers(patches, mask), mask.drop).float()

@@ -34,7 +34,7 @@ from unmask.nn.vit import Pair
 from unmask.rng import Draws
 
 SHARE, SIGMA = 0.25, 0.3
-SMALLEST_WEIGHT = 1e-6  # sum of the weights if there are no valid pixels, so that the loss is 0
+SMALLEST_WEIGHT = 1e-6  # least sum of the weights, so that the loss is 0 without valid pixels
 CHOOSING = ("masking", "salt_and_pepper")
 TOUCHING_ALL = ("gaussian", "gray")
 TAKING_COLOURS = ("gray", "single_channel", "drop_channel")
@@ -44,9 +44,9 @@ class Config(MethodConfig):
     """The denoising autoencoder's settings.
 
     corruption: kind of corruption of the input. share: share of the components to corrupt, for masking and
-    salt_and_pepper (None: 0.25). grain: size of a component in pixels, (height, width), with all channels; None for
-    single values. sigma: standard deviation of gaussian noise, in the network's units (None: 0.3). alpha, beta: weights
-    of corrupted and of unchanged values in the loss. tied: use the encoder's transposed weights in the decoder.
+    salt_and_pepper (None: 0.25). grain: size of a component in pixels, (height, width), with all channels (None: single
+    values are corrupted). sigma: standard deviation of gaussian noise, in the network's units (None: 0.3). alpha, beta:
+    weights of corrupted and of unchanged values in the loss. tied: use the encoder's transposed weights in the decoder.
     """
 
     name: Literal["dae"] = "dae"
@@ -121,7 +121,7 @@ class DAE(Method):
     def distance(self, guess: Tensor, pixels: Tensor, touched: Tensor, valid: Tensor | None = None) -> Tensor:
         """Return the mean error, weighted by alpha where the input was corrupted and by beta elsewhere.
 
-        valid: (B, 1, H, W), 0 for absent pixels; None if there are none.
+        valid: (B, 1, H, W), 0 for absent pixels, or None if no pixel is absent.
         """
         weights = torch.where(touched, self.config.alpha, self.config.beta)
         if valid is None:
@@ -130,7 +130,7 @@ class DAE(Method):
         return (self.encoder.errors(guess, pixels) * weights).sum() / weights.sum().clamp(min=SMALLEST_WEIGHT)
 
     def picture(self, batch: Batch, clock: Clock) -> Picture:
-        """Draw original, corrupted image and reconstruction; the baselines predict the mean colour, and the input."""
+        """Draw original, corrupted image and reconstruction; one baseline predicts the mean colour, one the input."""
         encoder = self.encoder
         pixels = encoder.pixels(batch.images)
         corrupted, touched = self.corrupt(pixels, clock.rng)

@@ -5,7 +5,7 @@ code is a soft choice: the scores of all codes plus Gumbel noise, through a soft
 evaluation the most likely code is used. The loss is the reconstruction error plus a small KL divergence from the
 uniform prior. BEiT, and MAE with target=tokens, predict the ids of the codes.
 
-The reconstruction error is a mean over pixels and channels and KL a mean over codes. This equals the paper's sum
+The reconstruction error is a mean over pixels and channels and KL a mean over codes. The total equals the paper's sum
 divided by 256 x 256 x 3, so the paper's beta of 6.6 is a `kl_weight` of 6.6 / 192. Temperature and KL weight follow
 half a cosine.
 
@@ -34,7 +34,7 @@ from unmask.nn.patches import normalise
 from unmask.nn.valid import patch_weights, pixel_weights, valid_patches
 from unmask.rng import Draws, Stream
 
-LARGEST_DRAW = 1 - 2.0**-24  # so that no logarithm of a draw is 0
+LARGEST_DRAW = 1 - 2.0**-24  # greatest uniform draw, so that its logarithm is not 0
 
 
 class Config(MethodConfig):
@@ -93,7 +93,7 @@ class DVAE(Method):
     def reconstruction(self, guess: Tensor, images: Tensor, weights: Tensor | None = None) -> Tensor:
         """Return the float32 reconstruction error: mean squared error or negative log-likelihood.
 
-        weights: (B, 1, H, W), 0 for absent pixels; None if there are none.
+        weights: (B, 1, H, W), 0 for absent pixels, or None if no pixel is absent.
         """
         if self.config.encoder.loss == "mse":
             return mean_square(guess, normalise(images, self.encoder.mean, self.encoder.std), weights)
@@ -131,17 +131,17 @@ class DVAE(Method):
 def even_steps(channels: int) -> Tensor:
     """Return (C,) steps whose multiples, modulo 1, fill the unit cube evenly (Roberts 2018, "R-sequence").
 
-    They are powers of 1 / g with g ** (C + 1) = g + 1. For one channel g is the golden ratio; its powers would put the
-    colours of three channels on a line.
+    The steps are powers of 1 / g with g ** (C + 1) = g + 1. For one channel g is the golden ratio; its powers would put
+    the colours of three channels on a line.
     """
     g = 1.0
-    for _ in range(60):  # converges from any start
+    for _ in range(60):  # this fixed-point iteration converges from any start
         g = (1 + g) ** (1 / (channels + 1))
     return g ** -torch.arange(1.0, channels + 1)
 
 
 def half_cosine(start: float, end: float, progress: float) -> float:
-    """Interpolate from `start` to `end` as progress goes from 0 to 1; `end` afterwards."""
+    """Interpolate along half a cosine from `start` (progress 0) to `end` (progress 1 and above)."""
     return end + (start - end) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
@@ -154,7 +154,7 @@ def gumbel_softmax(logits: Tensor, temperature: float, rng: Draws) -> Tensor:
 def kl_to_uniform(logits: Tensor, weights: Tensor | None = None) -> Tensor:
     """Return the KL divergence of the codes' distribution from the uniform one, mean over all codes: 0 to log V nats.
 
-    weights: (B, R, S), 0 for codes of absent patches; None if there are none.
+    weights: (B, R, S), 0 for codes of absent patches, or None if no patch is absent.
     """
     log_shares = logits.log_softmax(1)
     if weights is None:

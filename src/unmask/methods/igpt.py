@@ -39,15 +39,15 @@ from unmask.nn.valid import patch_weights, valid_patches
 from unmask.rng import Draws, Stream
 
 PALETTE_IMAGES = 512
-MASK_PROBABILITY = 0.15  # from the paper, which found 0.2 equally good and larger values worse
+MASK_PROBABILITY = 0.15  # the paper found 0.2 equally good and larger values worse
 
 
 class Config(MethodConfig):
     """iGPT's settings.
 
-    mask_probability: for each token, with objective=bert (None: 0.15). palette: colours in the files' units, one number
-    per channel; None computes them from the data. palette_dtype: dtype of the images that a given palette was computed
-    from.
+    mask_probability: probability of hiding a token, for objective=bert (None: 0.15). palette: colours in the files'
+    units, one number per channel (None: computed from the data). palette_dtype: dtype of the images that a given
+    palette was computed from.
     """
 
     name: Literal["igpt"] = "igpt"
@@ -102,7 +102,7 @@ class IGPT(Method):
         self.encoder.palette.copy_(k_means(pixels, len(self.encoder.palette)))
 
     def loss(self, batch: Batch, clock: Clock) -> Loss:
-        """Return the loss in nats per token, over all tokens or the hidden ones."""
+        """Return the loss in nats per token: the mean over all tokens ("ar") or over the hidden tokens ("bert")."""
         ids = self.encoder.ids(batch.images)
         hidden = None if self.causal else self.hide(clock.rng)
         guess = self.head(self.encoder.run(ids, hidden)).float()  # (B, N, k)
@@ -117,12 +117,12 @@ class IGPT(Method):
         return Loss(mean(nats), {"colour_accuracy": mean(right), "palette_used": used.mean()})
 
     def hide(self, rng: Draws) -> Tensor:
-        """Return (B, N) bool, True with probability `mask_probability`: the tokens to hide."""
+        """Choose the tokens to hide: return (B, N) bool, True with probability `mask_probability`."""
         return rng.uniform(self.encoder.grid[0] * self.encoder.grid[1]) < self.mask_probability
 
     @property
     def evaluation_mask(self) -> Callable[[Draws], Tensor] | None:
-        """Masks as in training; None if training hides no tokens."""
+        """A function that samples masks as in training, or None if training hides no tokens."""
         return None if self.causal else self.hide
 
     def picture(self, batch: Batch, clock: Clock) -> Picture:
@@ -182,7 +182,7 @@ def mean_over(values: Tensor, hidden: Tensor) -> Tensor:
 
 
 def repeat_or_any(ids: Tensor, colours: int) -> Tensor:
-    """Return nats per token of a baseline that knows only how often a token equals the previous one: (B, N) -> ()."""
+    """Return the loss, in nats per token, of a baseline that knows only how often a token equals the previous one."""
     again = (ids[:, 1:] == ids[:, :-1]).float().sum() / max(1, ids[:, 1:].numel())
     return torch.special.entr(torch.stack([again, 1 - again])).sum() + (1 - again) * math.log(colours - 1)
 

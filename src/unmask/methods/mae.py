@@ -1,7 +1,7 @@
 """Masked autoencoder: "Masked Autoencoders Are Scalable Vision Learners", He et al. 2021.
 
 Mask most patches of an image, encode only the visible ones, and reconstruct the hidden pixels with a light decoder.
-Only the encoder is used afterwards. It equals the official model (`models_mae.py`) in parameters, forward pass and
+Only the encoder is used afterwards. The model equals the official one (`models_mae.py`) in parameters, forward pass and
 loss; tests compare it with the published parameter counts and with an independent implementation.
 
 Differs from the official code without changing a result: only visible patches are embedded and only hidden ones
@@ -42,10 +42,10 @@ class Config(MethodConfig):
     mask: how hidden patches are sampled. Blocks have at least `smallest_block` patches (None: BEiT's share of the grid,
     16 of 14 x 14). "pattern" hides the patches marked "#" in `pattern`, which has one string for each row of the grid;
     if there are several patterns, one is sampled for each image (set by `unmask pretrain --masks FILE`). mask_tokens:
-    where mask tokens enter; "encoder" feeds all of them to the encoder (Table 1c). target: pixels normalised within
-    each patch, plain pixels, the first `pca_coefficients` principal components of patches (None: an eighth of a patch's
+    the network that receives the mask tokens, "decoder" or "encoder" (Table 1c). target: pixels normalised within each
+    patch, plain pixels, the first `pca_coefficients` principal components of patches (None: an eighth of a patch's
     values, the paper's 96 of 768), whitened or not, or a dVAE's codes (`unmask pretrain --tokenizer RUN` sets
-    `tokenizer`, the dVAE's network, and loads its weights). loss_on: the hidden patches, or all.
+    `tokenizer`, the dVAE's network, and loads its weights). loss_on: the patches in the loss, "hidden" or "all".
     """
 
     name: Literal["mae"] = "mae"
@@ -131,7 +131,7 @@ class MAE(Method):
         self.target.prepare(patches if whole is None or not whole.any() else patches[whole][None])
 
     def loss(self, batch: Batch, clock: Clock) -> Loss:
-        """Return the error of the prediction on the hidden patches, or on all, in the units of the target."""
+        """Return the error of the prediction on the hidden patches, or on all patches, in the units of the target."""
         patches = self.encoder.patches(batch.images)  # (B, N, P), normalised
         mask = self.sample(clock)
         valid = valid_patches(batch, self.encoder.patch)
@@ -141,7 +141,7 @@ class MAE(Method):
         return Loss(self.target.loss(guess, take(truth, where), weights))
 
     def sample(self, clock: Clock) -> Mask:
-        """Sample a mask for each image of the clock's batch."""
+        """Sample a patch mask for each image, from the random draws of `clock`."""
         grid, ratio = self.encoder.grid, self.mask_ratio
         if self.patterns is not None:
             return masks.pattern_mask(self.patterns, masks.num_kept(grid[0] * grid[1], ratio), clock.rng)
@@ -149,7 +149,7 @@ class MAE(Method):
         return self.sampler(len(clock.rng.index), grid, ratio, clock.rng)
 
     def guess(self, patches: Tensor, mask: Mask, *, everywhere: bool = False) -> Tensor:
-        """Predict the hidden patches, (B, N, P) -> (B, M, O), or all in the order of mask.order, (B, N, O)."""
+        """Predict the hidden patches, (B, N, P) -> (B, M, O), or all patches in the order of mask.order, (B, N, O)."""
         return self.decoder(self.see(patches, mask), mask, everywhere=everywhere)
 
     def see(self, patches: Tensor, mask: Mask) -> Tensor:
@@ -164,16 +164,18 @@ class MAE(Method):
         return self.encoder.run(torch.cat([tokens, hidden], 1), mask.order)
 
     def picture(self, batch: Batch, clock: Clock) -> Picture:
-        """Draw original, masked, prediction and pasted; report the loss of baselines on these images."""
+        """Draw the original, the masked image, the prediction, and the prediction pasted into the image; report the
+        loss of baselines on these images.
+        """
         patches = self.encoder.patches(batch.images)
         mask = self.sample(clock)
         guess = self.guess(patches, mask, everywhere=True).float()
         valid = valid_patches(batch, self.encoder.patch)
         truth = self.target(patches, batch.images, valid)
-        hidden = guess[:, mask.keep.shape[1] :]  # hidden patches are last
+        hidden = guess[:, mask.keep.shape[1] :]  # in mask.order the hidden patches are last
         where, scored = (mask.order, guess) if self.everywhere else (mask.drop, hidden)
         numbers = {"loss": self.target.loss(scored, take(truth, where), self.target.weights(valid, where))}
-        if not self.everywhere:  # otherwise loss and baselines cover different patches
+        if not self.everywhere:  # baselines cover hidden patches only
             numbers |= self.target.trivial(patches, batch.images, mask, valid)
 
         panels = masked_panels(patches, mask, self.target.draw(hidden, patches, batch.images, mask, valid))
@@ -186,7 +188,7 @@ class MAE(Method):
 
 def require_mask(config: Config, grid: tuple[int, int]) -> Tensor | None:
     """Return the patterns, (n, N) bool, or None for masks that are sampled. Raises UserError for an impossible mask."""
-    kept = masks.num_kept(grid[0] * grid[1], config.mask_ratio)  # raises for a ratio that hides all patches, or none
+    kept = masks.num_kept(grid[0] * grid[1], config.mask_ratio)  # raises UserError if all or no patches are hidden
     if config.mask == "grid":
         masks.require_grid(grid, config.mask_ratio)
     if config.mask == "block":
@@ -205,7 +207,7 @@ def require_mask(config: Config, grid: tuple[int, int]) -> Tensor | None:
 
 
 def make_target(config: Config, encoder: ViT) -> Target:
-    """Return the reconstruction target. Raises UserError if it needs a tokenizer and none is given."""
+    """Return the reconstruction target. Raises UserError if the target needs a tokenizer and none is given."""
     channels = encoder.spec.channels
     values = encoder.patch[0] * encoder.patch[1] * channels
     if config.target == "tokens":

@@ -1,8 +1,9 @@
 """Masked patch prediction: "An Image is Worth 16x16 Words", Dosovitskiy et al. 2021 (ViT), appendix B.1.2.
 
-BERT's task on patches. Half of the patch embeddings are corrupted: 80 % of these become a learnable [mask] embedding,
-10 % the embedding of another patch, and 10 % are unchanged. The encoder processes the whole sequence, and one linear
-head predicts the target from the output token of each corrupted patch. Three targets:
+The task is that of BERT, with patches instead of words. Half of the patch embeddings are corrupted: 80 % of these
+become a learnable [mask] embedding, 10 % the embedding of another patch, and 10 % are unchanged. The encoder processes
+the whole sequence, and one linear head predicts the target from the output token of each corrupted patch. Three
+targets:
 
     mean_colour   the mean colour of the patch at 3 bits per channel: one softmax over 512 (the paper's choice)
     colours_4x4   the patch shrunk to 4 x 4, each cell at 3 bits per channel: 16 parallel softmaxes over 512
@@ -15,8 +16,8 @@ patch of the same image; a cross-entropy is the mean over its softmaxes.
 Differs from the paper, which uses 8-bit RGB only: images of one and two channels have one softmax over 8 or 64 colours;
 those of four and more have one softmax over 8 levels for each channel, since 8^C classes would be too many. Channels
 are scaled to [0, 1]: from 0 and 255 for 8-bit files, and from the data set's mean minus and plus two standard
-deviations for 16-bit and float32 files, which seldom fill their range; values outside are clipped. No dropout (the
-paper's supervised training has 0.1).
+deviations for 16-bit and float32 files, which seldom fill their range; values outside are clipped. There is no dropout
+(the paper's supervised training has 0.1).
 
 Letters for shapes: B images, C channels, N patches, M corrupted patches, P values of a patch, S cells of a patch.
 """
@@ -58,7 +59,8 @@ class Config(MethodConfig):
 class Corruption(NamedTuple):
     """`where` (B, M): indices of the corrupted patches. `masked` (B, M): True where [mask] replaces the embedding.
 
-    `source` (B, M): index of the patch whose embedding is used otherwise: another patch if swapped, else the same.
+    `source` (B, M): for a corrupted patch that is not masked, the index of the patch whose embedding it gets: another
+    patch if swapped, else its own.
     """
 
     where: Tensor
@@ -71,7 +73,7 @@ def corrupt(batch: int, grid: tuple[int, int], ratio: float, rng: Draws) -> Corr
     where = random_mask(batch, grid, ratio, rng).drop
     fate, other = rng.uniform(2 * where.shape[1], Stream.REPLACE).chunk(2, 1)  # (B, M) each
     n = grid[0] * grid[1]
-    another = (where + 1 + (other * (n - 1)).long()) % n  # shifted by 1 to N - 1: never the patch itself
+    another = (where + 1 + (other * (n - 1)).long()) % n  # never the patch itself: the index is shifted by 1 to N - 1
     swapped = (fate >= MASKED) & (fate < MASKED + SWAPPED)
     return Corruption(where, fate < MASKED, torch.where(swapped, another, where))
 
@@ -90,8 +92,8 @@ class MPP(Method):
         super().__init__()
         self.ratio = config.corrupt_ratio
         self.pixels = config.target == "pixels"
-        self.side = 4 if config.target == "colours_4x4" else 1  # Cells along each side of a patch.
-        self.softmaxes = 1 if images.channels <= MOST_TOGETHER else images.channels  # Softmaxes for each cell.
+        self.side = 4 if config.target == "colours_4x4" else 1  # Number of cells along each side of a patch.
+        self.softmaxes = 1 if images.channels <= MOST_TOGETHER else images.channels  # Number per cell.
         self.encoder = ViT(config.encoder, images)
         height, width = self.encoder.patch
         if height % self.side or width % self.side:
@@ -120,7 +122,9 @@ class MPP(Method):
         return Loss(self._cross_entropy(guess, truth, weights), {"colour_accuracy": right})
 
     def weights(self, batch: Batch, change: Corruption) -> Tensor | None:
-        """Return weights at corrupted patches: (B, M, P) for values, (B, M, S x softmaxes) for colours; None for 1."""
+        """Return weights at corrupted patches: (B, M, P) for values, (B, M, S x softmaxes) for colours; or None if all
+        weights are 1.
+        """
         valid = valid_patches(batch, self.encoder.patch)
         if self.pixels:
             return value_weights(valid, change.where)
@@ -143,7 +147,7 @@ class MPP(Method):
     def target(self, images: Tensor, valid: Tensor | None = None) -> Tensor:
         """Return the target of every patch: pixels (B, N, P), or class numbers (B, N, S x softmaxes).
 
-        valid: (B, H, W) bool, the pixels to average for colours; None for all.
+        valid: (B, H, W) bool, the pixels that colours are averaged over (None: all pixels).
         """
         if self.pixels:
             return self.encoder.patches(images)
@@ -155,12 +159,14 @@ class MPP(Method):
         return colour_ids(colours.unflatten(2, (self.side**2 * self.softmaxes, -1)))
 
     def picture(self, batch: Batch, clock: Clock) -> Picture:
-        """Draw original, corrupted image and pasted prediction; for colours also the best possible prediction."""
+        """Draw original, corrupted image and pasted prediction; for colours also the target, which is the best possible
+        prediction.
+        """
         patches = self.encoder.patches(batch.images)
         change = corrupt(len(batch), self.encoder.grid, self.ratio, clock.rng)
         guess = self.guess(patches, change).float()
         truth, weights = take(self.target(batch.images, batch.valid), change.where), self.weights(batch, change)
-        shown = torch.where(change.masked[..., None], 0, take(patches, change.source))  # 0: the data set's mean colour
+        shown = torch.where(change.masked[..., None], 0, take(patches, change.source))  # 0 is the mean colour
         panels = {"original": patches, "corrupted": put(patches, change.where, shown)}
         note = "Grey is [mask]; one corrupted patch in ten shows another patch of the image, one in ten is unchanged. "
         if self.pixels:
@@ -181,7 +187,8 @@ class MPP(Method):
             }
             what = "4 x 4 colours" if self.side > 1 else "one mean colour"
             note += (
-                f"The model predicts {what} for each corrupted patch, at 3 bits per channel; 'perfect' is the target."
+                f"The model predicts {what} for each corrupted patch, at 3 bits per channel; the panel 'perfect' shows "
+                "the target."
             )
         return Picture({caption: self.encoder.images(panel) for caption, panel in panels.items()}, note, numbers)
 

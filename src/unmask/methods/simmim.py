@@ -49,7 +49,8 @@ class Config(MethodConfig):
 
 
 def num_hidden(num_cells: int, ratio: float) -> int:
-    """Return how many cells are hidden: ratio x cells, rounded up. Raises UserError if none would stay visible."""
+    """Return how many cells are hidden: ratio x cells, rounded up. Raises UserError if all or no cells would be hidden.
+    """
     hidden = math.ceil(num_cells * ratio - 1e-6)
     if not 0 < hidden < num_cells:
         fix = f"a ratio of at most {(num_cells - 1) / num_cells:.3g}, or " if num_cells > 1 else ""
@@ -72,10 +73,12 @@ def cells_of(grid: tuple[int, int], cell: tuple[int, int]) -> tuple[int, int]:
 
 
 def cell_mask(batch: int, grid: tuple[int, int], cell: tuple[int, int], ratio: float, rng: Draws) -> Mask:
-    """Sample whole cells to hide, uniformly without replacement, for each image; both parts are in raster order."""
+    """Sample whole cells to hide, uniformly without replacement, for each image; visible and hidden patches are each in
+    raster order.
+    """
     rows, cols = cells_of(grid, cell)
     noise = rng.uniform(rows * cols)
-    assert len(noise) == batch, "the draws belong to another batch"
+    assert len(noise) == batch, "rng must have draws for as many images as the batch has"
     hidden = num_hidden(rows * cols, ratio)
     chosen = noise.argsort(dim=1, stable=True)[:, :hidden]
     cells = torch.zeros(noise.shape, dtype=torch.bool, device=noise.device).scatter(1, chosen, True)
@@ -88,7 +91,7 @@ def cell_mask(batch: int, grid: tuple[int, int], cell: tuple[int, int], ratio: f
 def mean_absolute(guess: Tensor, truth: Tensor, weights: Tensor | None = None) -> Tensor:
     """Return the mean absolute error over values, patches and images, in float32.
 
-    It equals the official sum over hidden pixels divided by their number and by C.
+    The error equals the official sum over hidden pixels, divided by their number and by the number of channels.
 
     weights: see `weighted_mean`.
     """
@@ -126,7 +129,9 @@ class SimMIM(Method):
         return self.head(take(encoder.run(encoder.place(tokens))[:, 1:], mask.drop))
 
     def picture(self, batch: Batch, clock: Clock) -> Picture:
-        """Draw original, masked, prediction and pasted; report the loss of baselines on these images."""
+        """Draw the original, the masked image, the prediction, and the prediction pasted into the image; report the
+        loss of baselines on these images.
+        """
         patches = self.encoder.patches(batch.images)
         mask = cell_mask(len(patches), self.encoder.grid, cell=self.cell, ratio=self.ratio, rng=clock.rng)
         guess = self.guess(patches, mask).float()

@@ -18,7 +18,7 @@ from unmask.nn.positions import RelativeBias
 from unmask.nn.recompute import recomputed
 
 LAYER_NORM_EPS = 1e-6
-LONGEST_PLAIN = 256  # tokens; above this, the time saved does not justify the memory of the scores
+LONGEST_PLAIN = 256  # tokens; the scores of longer sequences would take too much memory
 
 
 def layer_norm(width: int) -> nn.LayerNorm:
@@ -67,7 +67,9 @@ class Attention(nn.Module):
     def forward(
         self, x: Float[Tensor, "B N D"], bias: Float[Tensor, "*B heads Q N"] | None = None, last: int | None = None
     ) -> Float[Tensor, "B Q D"]:
-        """last: number of tokens at the end (1 or more) that are queries, Q = last; None for all tokens, Q = N."""
+        """last: number of tokens at the end (1 or more) that are queries (Q = last), or None if all tokens are queries
+        (Q = N).
+        """
         if last is None:
             q, k, v = self._by_head(self.qkv(x), 3)
         else:
@@ -109,7 +111,7 @@ class LayerScale(nn.Module):
 class Block(nn.Module):
     """Compute x + Attention(norm x), then x + MLP(norm x).
 
-    layer_scale: initial value of the LayerScale on both branches; None for no LayerScale.
+    layer_scale: initial value of the LayerScale on both branches, or None for no LayerScale.
     """
 
     def __init__(self, width: int, heads: int, mlp_ratio: float = 4.0, layer_scale: float | None = None) -> None:
@@ -129,10 +131,10 @@ class Block(nn.Module):
         paths: Float[Tensor, "2 B 1 1"] | None = None,
         last: int | None = None,
     ) -> Float[Tensor, "B Q D"]:
-        """paths: a factor for each residual branch of each image, from `draw_paths`; None for 1.
+        """paths: a factor for each residual branch of each image, from `draw_paths` (None: all factors are 1).
 
-        last: compute only this many tokens at the end (None: all, Q = N). Their values do not change; the other tokens
-        serve as keys and values only.
+        last: compute only this many tokens at the end (None: all, Q = N). The values of these tokens do not change; the
+        other tokens serve as keys and values only.
         """
         attended = self.ls1(self.attn(self.norm1(x), bias, last))
         x = x if last is None else x[:, -last:]

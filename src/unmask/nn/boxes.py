@@ -1,7 +1,7 @@
 """Boxes in images: overlap, non-maximum suppression, clipping and drawing.
 
 A box is (x1, y1, x2, y2) in pixels, x to the right and y down, with x1 <= x2 and y1 <= y2; the upper left pixel covers
-(0, 0, 1, 1). Plain torch, without torchvision.
+(0, 0, 1, 1). The functions use torch only, not torchvision.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def area(boxes: Float[Tensor, "*n 4"]) -> Float[Tensor, "*n"]:
 
 
 def shared_area(a: Float[Tensor, "*n 4"], b: Float[Tensor, "*m 4"]) -> Float[Tensor, "*k"]:
-    """Return the overlap of each box in `a` with its counterpart in `b`; the two broadcast."""
+    """Return the overlap, in square pixels, of each box in `a` with its counterpart in `b`; the two broadcast."""
     top_left, bottom_right = torch.maximum(a[..., :2], b[..., :2]), torch.minimum(a[..., 2:], b[..., 2:])
     return area(torch.cat([top_left, bottom_right], -1))
 
@@ -33,8 +33,9 @@ def pairwise_iou(a: Float[Tensor, "n 4"], b: Float[Tensor, "m 4"]) -> Float[Tens
 def giou(a: Float[Tensor, "*n 4"], b: Float[Tensor, "*n 4"]) -> Float[Tensor, "*n"]:
     """Generalised intersection over union of each box in `a` with its counterpart in `b` (Rezatofighi et al. 2019).
 
-    1 for equal boxes. For boxes without overlap it is negative and falls towards -1 with their distance, so there is a
-    gradient. It does not depend on the units, which may differ between x and y.
+    Equal boxes have the value 1. For boxes without overlap the value is negative and falls towards -1 with their
+    distance, so its gradient is not zero. The value does not depend on the units of the boxes, which may differ between
+    x and y.
     """
     both = shared_area(a, b)
     union = area(a) + area(b) - both
@@ -45,7 +46,7 @@ def giou(a: Float[Tensor, "*n 4"], b: Float[Tensor, "*n 4"]) -> Float[Tensor, "*
 def suppress(
     boxes: Float[Tensor, "n 4"], scores: Float[Tensor, " n"], labels: Int[Tensor, " n"], threshold: float
 ) -> Int[Tensor, " k"]:
-    """Greedy non-maximum suppression within each class; return the rows that remain, best score first.
+    """Greedy non-maximum suppression within each class; return the indices of the remaining boxes, best score first.
 
     A box is suppressed if a better remaining box of the same class overlaps it with an IoU above `threshold`.
     Synchronises with the device once.
@@ -55,7 +56,7 @@ def suppress(
     overlapping = ((pairwise_iou(boxes, boxes) > threshold) & (labels[:, None] == labels[None])).cpu()
     suppressed = torch.zeros(len(boxes), dtype=torch.bool)
     kept = []
-    for row, is_suppressed in enumerate(suppressed.numpy()):  # a view: it shows the updates made in the loop
+    for row, is_suppressed in enumerate(suppressed.numpy()):  # numpy() returns a view, which shows the updates below
         if not is_suppressed:
             kept.append(row)
             suppressed |= overlapping[row]

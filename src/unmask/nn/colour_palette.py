@@ -1,7 +1,7 @@
 """Colour palettes: k-means, and the nearest colour of every pixel (iGPT, section 2).
 
-Distances are Euclidean in the files' own units. For 8-bit RGB they equal the paper's up to a constant factor, because
-the paper scales pixels to [-1, 1] first.
+Distances are Euclidean in the files' own units. For 8-bit RGB the distances equal the paper's up to a constant factor,
+because the paper scales pixels to [-1, 1] first.
 
 Letters: n pixels, C channels, k colours.
 """
@@ -35,9 +35,9 @@ def k_means(pixels: Float[Tensor, "n C"], k: int, seed: int = 0) -> Float[Tensor
     duplicates, of which only the first is ever used. The result depends on the pixels and the seed alone.
 
     scikit-learn's KMeans is not used: its centres differ from these and may differ between its versions, and the losses
-    of iGPT with a palette computed from the data must be reproducible bit for bit. It would be three times faster for
-    512 colours (5 s instead of 17 s on two loaded cores, once per run) and equally good (mean squared distance 191.1
-    instead of 189.9).
+    of iGPT with a palette computed from the data must be reproducible bit for bit. scikit-learn would be three times
+    faster for 512 colours (5 s instead of 17 s on two loaded cores, once per run) and equally good (mean squared
+    distance 191.1 instead of 189.9).
     """
     count = min(len(pixels), MOST_PIXELS)
     rows = torch.arange(count, device=pixels.device) * (len(pixels) - 1) // max(1, count - 1)

@@ -1,8 +1,8 @@
 """Colours at three bits per channel, as class numbers: the targets of ViT's masked patch prediction (appendix B.1.2).
 
 A channel in [0, 1] falls into one of 8 levels, q = min(7, floor(8 value)); the levels of C channels are the digits of
-one number to base 8, first channel first: 64 r + 8 g + b for RGB, so 512 colours. The paper does not specify the order.
-The caller decides which file values are 0 and 1.
+one number to base 8, first channel first: 64 r + 8 g + b for RGB, so 512 colours. The paper does not specify the order
+of the digits. The caller decides which file values are 0 and 1.
 """
 
 from __future__ import annotations

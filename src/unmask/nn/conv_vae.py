@@ -34,7 +34,7 @@ LOGIT_LAPLACE_EPS = 0.1  # Pixels are mapped into [0.1, 0.9], where the logit is
 DALLE_BLOCKS = 2  # Number of blocks in each of the four groups.
 DALLE_GROUPS = (1, 2, 4, 8)  # Widths of the groups, relative to the first group.
 DALLE_EMBEDDING = 128
-SMALL_BLOCKS = 2  # residual blocks on either side, unless depth is set
+SMALL_BLOCKS = 2  # residual blocks in encoder and in decoder, unless depth is set
 
 
 class ConvVAEConfig(EncoderConfig):
@@ -42,8 +42,8 @@ class ConvVAEConfig(EncoderConfig):
 
     arch "dalle": `width` is that of the first group (256 in the paper), `patch` is 8 x 8, and `depth` is fixed. arch
     "small": `width` is that of every layer, `patch` is a square with a power of two as side, `depth` is the number of
-    residual blocks on either side (None: 2). loss: "mse" predicts the normalised pixels, "logit_laplace" the mean and
-    scale of DALL-E's density.
+    residual blocks in the encoder, and in the decoder (None: 2). loss: "mse" predicts the normalised pixels,
+    "logit_laplace" the mean and scale of DALL-E's density.
     """
 
     arch: Literal["small", "dalle"] = "small"
@@ -181,7 +181,9 @@ class ConvEncoder(ImageEncoder):
         return Features(cls=None, patches=self.features(images).flatten(2).transpose(1, 2), grid=grid)
 
     def depth_of(self, name: str) -> int:
-        """Depth of a parameter for layer-wise decay: its layer's number from the input, the head last."""
+        """Return the depth of a parameter for layer-wise decay: the number of its layer, counted from the input; the
+        head is last.
+        """
         return int(name.split(".")[1]) if name.startswith("hidden.") else len(self.hidden)
 
 
@@ -195,20 +197,20 @@ class ConvDecoder(nn.Module):
         self.layers = dalle_decoder(config.codes, config.width, out) if dalle else small_decoder(config, out)
 
     def forward(self, shares: Float[Tensor, "B V R S"]) -> Float[Tensor, "B O H W"]:
-        """`shares`: weights of the codes at every position; one-hot for ids."""
+        """Decode `shares`, the weights of all codes at every position (one-hot for ids)."""
         return self.layers(shares)
 
     def paint(self, ids: Int[Tensor, "B R S"]) -> Float[Tensor, "B O H W"]:
         """Decode ids. The result equals `forward` with one-hot shares, which would need V times the memory."""
         book = self.layers[0]
-        assert isinstance(book, nn.Conv2d), "the 1 x 1 convolution that is the codebook"
+        assert isinstance(book, nn.Conv2d), "the first layer of the decoder is a 1 x 1 convolution, the codebook"
         assert book.bias is not None
         meaning = F.embedding(ids, book.weight.flatten(1).T) + book.bias  # (B, R, S, D)
         return self.layers[1:](meaning.permute(0, 3, 1, 2))
 
 
 def squeeze(unit: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
-    """[0, 1] -> [0.1, 0.9] (`map_pixels` of openai/DALL-E)."""
+    """Map values from [0, 1] to [0.1, 0.9] (`map_pixels` of openai/DALL-E)."""
     return (1 - 2 * LOGIT_LAPLACE_EPS) * unit + LOGIT_LAPLACE_EPS
 
 
@@ -226,7 +228,7 @@ def require_patch(config: ConvVAEConfig) -> None:
 
 
 def require_tokenizer(config: ConvVAEConfig | None) -> ConvVAEConfig:
-    """Return the tokenizer's settings. Raises UserError when there are none."""
+    """Return the tokenizer's settings. Raises UserError if no tokenizer is given."""
     if config is None:
         raise UserError(
             "the target is a dVAE's codes, but no tokenizer was given; train one with `unmask pretrain DATA --recipe "
@@ -238,9 +240,9 @@ def require_tokenizer(config: ConvVAEConfig | None) -> ConvVAEConfig:
 class Tokenizer(nn.Module):
     """A trained, frozen dVAE that maps images to one id for every patch of `patch` pixels.
 
-    Its state dict is that of the method `dvae`, so it can load the weights of a dVAE run. If its own patches are
-    smaller, images are resized by that factor (BEiT: 224 pixels with patch 16, 112 for the tokenizer with patch 8).
-    Raises UserError when its grid of codes differs from the grid of patches.
+    The state dict is that of the method `dvae`, so a tokenizer can load the weights of a dVAE run. If the dVAE has
+    smaller patches than the encoder, images are shrunk by the ratio of the patches (BEiT: 224 pixels with patch 16, 112
+    for the tokenizer with patch 8). Raises UserError if the grid of codes differs from the grid of patches.
     """
 
     def __init__(self, config: ConvVAEConfig, images: ImageSpec, patch: tuple[int, int]) -> None:
@@ -265,7 +267,7 @@ class Tokenizer(nn.Module):
         """Return the most likely code of every patch, in raster order."""
         if images.shape[2:] != self.size:
             images = F.interpolate(images.float(), self.size, mode="bicubic", antialias=True, align_corners=False)
-        with full_precision(images.device):  # so that autocast does not change near ties
+        with full_precision(images.device):  # so that autocast does not change the choice between near ties
             return self.encoder.logits(images).argmax(1).flatten(1)
 
     @torch.no_grad()

@@ -32,7 +32,9 @@ def choose(draws: Float[Tensor, "B n"], share: float) -> Bool[Tensor, "B n"]:
 
 
 def to_values(chosen: Bool[Tensor, "B n"], like: Pixels, grain: tuple[int, int] | None) -> Touched:
-    """Expand choices to values: one choice per value, or per cell of `grain` = (height, width) pixels, all channels."""
+    """Expand choices of components to choices of values. A component is a value, or a cell of `grain` = (height, width)
+    pixels with all channels.
+    """
     b, c, h, w = like.shape
     if grain is None:
         return chosen.reshape(b, c, h, w)
@@ -42,7 +44,7 @@ def to_values(chosen: Bool[Tensor, "B n"], like: Pixels, grain: tuple[int, int] 
 
 
 def num_components(channels: int, size: tuple[int, int], grain: tuple[int, int] | None) -> int:
-    """How many components an image has: its values, or its cells of `grain` pixels."""
+    """Return the number of components of an image: of its values, or of its cells of `grain` pixels."""
     height, width = size
     return channels * height * width if grain is None else (height // grain[0]) * (width // grain[1])
 

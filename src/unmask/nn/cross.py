@@ -1,9 +1,9 @@
 """CrossMAE's decoder: every hidden patch attends to the visible ones independently ("Rethinking Patch Dependence", Fu
 et al.).
 
-A query is the mask token plus a position. It attends to the encoder's tokens and never to another query, so any subset
-of the hidden patches can be predicted, with predictions that do not depend on the subset. Block j reads its own learned
-mixture of the outputs of ALL encoder blocks and of their input ("inter-block attention"), normalised by its own
+A query is the mask token plus a position. Queries attend to the encoder's tokens and never to one another, so any
+subset of the hidden patches can be predicted, with predictions that do not depend on the subset. Block j reads its own
+learned mixture of the outputs of ALL encoder blocks and of their input ("inter-block attention"), normalised by its own
 LayerNorm. Parameters, sizes and initial weights are those of the official code (`models_cross.py`,
 `transformer_utils.py`); only its unused class position is left out.
 
@@ -46,7 +46,7 @@ class CrossAttention(nn.Module):
 
 
 class CrossBlock(nn.Module):
-    """x + CrossAttention(norm x, seen), then x + MLP(norm x). `seen` is normalised already."""
+    """x + CrossAttention(norm x, seen), then x + MLP(norm x). `seen`: the encoder's tokens, already normalised."""
 
     def __init__(self, width: int, heads: int, seen_width: int, mlp_ratio: float = 4.0) -> None:
         super().__init__()
@@ -63,8 +63,9 @@ class CrossBlock(nn.Module):
 class InterBlock(nn.Module):
     """Compute one weighted sum of `sources` feature maps, with its own LayerNorm, for each of `depth` decoder blocks.
 
-    The weights are drawn Xavier-uniform, bound sqrt(6 / (sources + depth)). The official constructor draws them normal
-    with standard deviation sources^-1/2, but its general initialisation of linear layers then overwrites that.
+    The initial weights of the sum are Xavier-uniform, with bound sqrt(6 / (sources + depth)). The official constructor
+    draws them from a normal distribution with standard deviation sources^-1/2, but the initialisation of all linear
+    layers then overwrites these values.
     """
 
     def __init__(self, sources: int, depth: int, width: int) -> None:
@@ -80,7 +81,7 @@ class InterBlock(nn.Module):
 
 
 class CrossDecoder(nn.Module):
-    """See the module docstring. `sources`: number of feature maps to mix; None to use the last one only.
+    """See the module docstring. `sources`: number of feature maps to mix, or None to read only the last one.
 
     Raises UserError when the heads do not divide the width, or the width is not a multiple of 4.
     """

@@ -66,5 +66,5 @@ class LightDecoder(nn.Module):
         *all_but_last, last = self.blocks
         for block in all_but_last:
             x = block(x)
-        asked = mask.order.shape[1] if everywhere else hidden  # the last tokens of x
+        asked = mask.order.shape[1] if everywhere else hidden  # number of tokens at the end of x
         return self.pred(self.norm(last(x, last=asked)))

@@ -4,8 +4,8 @@ Hinton & Salakhutdinov 2006, "Reducing the dimensionality of data with neural ne
 activation, a linear code, and a decoder with the same sizes in reverse. All images must have the training size.
 
 Weights are initialised Xavier-uniform (Glorot & Bengio 2010, derived for units of slope 1), with four times the range
-before logistic units, whose slope is a quarter. Without this factor the 2006 network, trained end to end, learns only
-one principal component in the first thousand steps.
+before logistic units, whose slope is a quarter. Without the factor of four the 2006 network, trained end to end, learns
+only one principal component in the first thousand steps.
 
 Letters: B images, C channels, H x W pixels, P = C x H x W values of an image, D length of the code.
 """
@@ -29,11 +29,12 @@ from unmask.nn.inputs import Scale
 
 ACTIVATIONS = {"relu": nn.ReLU, "sigmoid": nn.Sigmoid, "linear": nn.Identity}
 LOGISTIC_GAIN = 4.0  # The slope of the logistic function at 0 is a quarter.
-MIN_PROBABILITY = 1e-6  # Of a baseline prediction, so that its cross-entropy stays finite.
+MIN_PROBABILITY = 1e-6  # Keeps the cross-entropy of baseline predictions finite.
 
 
 class DenseConfig(EncoderConfig):
-    """Sizes of the hidden layers from the image inwards, and of the code.
+    """Settings of the dense autoencoder. hidden: sizes of the encoder's hidden layers, input first. code: length of the
+    code.
 
     activation: activation of the hidden layers; "linear" makes the autoencoder affine: it then learns principal
     components. loss: "mse", the mean square error of pixels normalised over the data set; or "bce", the cross-entropy

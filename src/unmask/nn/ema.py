@@ -1,6 +1,6 @@
 """Exponential moving average of weights, for evaluation or as a teacher.
 
-Used for the weights of MAE's training from scratch (He et al. 2021, Table 11). A step that was skipped because of
+MAE's training from scratch evaluates such averages (He et al. 2021, Table 11). A step that was skipped because of
 non-finite numbers leaves the average unchanged; the device checks this without synchronising with the host.
 """
 
@@ -37,7 +37,7 @@ class MovingAverage:
     def update(self, step: int, counted: Tensor | None = None) -> None:
         """Move the average after step `step` (0-based); the first call copies the weights.
 
-        counted: 0-d bool on the device, False if the step was skipped; None if no step can be skipped.
+        counted: 0-d bool on the device, False if the step was skipped, or None if no step can be skipped.
         """
         stays = warmed_up(self.decay, step)
         for name, parameter in self.parameters.items():

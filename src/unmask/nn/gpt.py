@@ -32,15 +32,15 @@ from unmask.nn.vit import Pair
 NORM_EPS = 1e-5
 
 Cache = list[tuple[Tensor, Tensor]]
-"""For each block the keys and values of the tokens so far, (B, heads, tokens, D / heads)."""
+"""For each block, the keys and values of all tokens processed so far, (B, heads, tokens, D / heads)."""
 
 
 class GPTConfig(EncoderConfig):
     """Size of an iGPT. `patch`: pixels that are averaged into one token, (height, width). `colours`: number of palette
     colours.
 
-    feature_layer: the block whose normalised input the encoder returns, 0 for the first, depth for the final output;
-    None for the middle, where the paper found the best features.
+    feature_layer: the block whose normalised input the encoder returns, 0 for the first, depth for the final output; by
+    default the middle, where the paper found the best features.
     """
 
     width: int = Field(gt=0)
@@ -83,7 +83,9 @@ class Attention(nn.Module):
     def forward(
         self, x: Float[Tensor, "B N D"], before: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Float[Tensor, "B N D"], tuple[Tensor, Tensor]]:
-        """Return the attention output, and the keys and values so far; `before`: those of earlier tokens."""
+        """Return the attention output, and the keys and values of all tokens so far. before: keys and values of earlier
+        tokens.
+        """
         q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         if before is not None:
             assert x.shape[1] == 1, "with cached keys and values, x must be one token"
@@ -102,7 +104,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
         hidden = 1.702 * self.fc1(x)
-        active = F.silu(hidden)  # 1.702 times x sigmoid(1.702 x)
+        active = F.silu(hidden)  # 1.702 times the activation x sigmoid(1.702 x)
         with recomputed(F.silu, hidden, active):
             return self.fc2(active) / 1.702
 
@@ -122,7 +124,7 @@ class GPT(ImageEncoder):
     """See the module docstring. causal: token t is predicted from those before it; otherwise tokens attend to each
     other.
 
-    `palette` (k, C), in the files' units, is zero until it is set.
+    `palette` (k, C), in the files' units, is zero until the method sets it.
     """
 
     palette: Tensor
