@@ -34,7 +34,7 @@ def test_hinton_recipe_has_2837314_parameters():
 
 
 def test_logistic_units_learn_more_than_the_mean_image():
-    """37 % of the variance remains unexplained; without LOGISTIC_GAIN it is 90 %."""
+    """After training, 37 % of the variance is unexplained; without LOGISTIC_GAIN 90 % would be."""
     generator = torch.Generator().manual_seed(0)
     coarse = torch.rand(256, 1, 4, 4, generator=generator)
     images = (torch.nn.functional.interpolate(coarse, (12, 12), mode="bilinear") * 255).to(torch.uint8)

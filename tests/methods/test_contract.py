@@ -51,7 +51,7 @@ def shrunk(name: str) -> tuple[Config, list[str]]:
 
 
 def needs_tokenizer(name: str) -> bool:
-    """Whether the method predicts the codes of a dVAE (with random weights in these tests)."""
+    """Return whether the method predicts the codes of a dVAE, which has random weights in these tests."""
     return find(f"{name}_nano").method.needs_tokenizer
 
 
@@ -100,7 +100,7 @@ def warm(name: str, *, seed: int = 0, steps: int = 3) -> Method:
 
 
 def draws_in_loss(method: Method, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Whether the loss draws random numbers; some methods, such as the plain autoencoder, do not."""
+    """Return whether the loss draws random numbers; some methods, such as the plain autoencoder, do not."""
     asked = []
     real = Draws.uniform
     monkeypatch.setattr(Draws, "uniform", lambda *arguments, **names: asked.append(1) or real(*arguments, **names))
@@ -323,7 +323,7 @@ def test_bf16_works_with_a_float32_loss(name):
     assert all(p.grad.isfinite().all() for p in method.parameters() if p.grad is not None)
 
 
-DENSE = ("ae", "dae")  # their weights fit one image size only
+DENSE = ("ae", "dae")  # dense layers fit one image size only
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name not in DENSE])

@@ -44,7 +44,7 @@ def clock(batch: Batch, seed: int = 0) -> Clock:
         (100, 0.9, 0.3, 30),  # 100 x (0.9 - 0.3) must not be truncated to 59
     ],
 )
-def test_number_of_predicted_patches(patches, mask_ratio, predict_ratio, asked):
+def test_predict_ratio_determines_the_number_of_predicted_patches(patches, mask_ratio, predict_ratio, asked):
     assert num_asked(patches, mask_ratio, predict_ratio) == asked
 
 

@@ -77,7 +77,7 @@ def test_double_emphasis_weights_corrupted_and_unchanged_values():
     ],
     ids=str,
 )
-def test_every_corruption_trains_and_has_a_picture(changes):
+def test_training_reduces_the_loss_with_every_corruption_and_the_picture_shows_it(changes):
     method, batch = dae(**changes), batch_of(16)
     optimizer, losses = make_optimizer(method, OptimConfig()), []
     for _ in range(60):

@@ -64,7 +64,7 @@ def test_convolutions_start_as_in_the_published_code():
     assert first.bias.detach().eq(0).all()
 
 
-def test_schedules_of_the_paper():
+def test_temperature_and_kl_weight_follow_the_schedules_of_the_paper():
     """Temperature 1 to 1/16 in 150,000 of 3 M steps, KL weight 0 to 6.6 / 192 in 5,000, both half cosines."""
     config = dvae_dalle()
     with torch.device("meta"):
@@ -99,7 +99,7 @@ def test_kl_is_zero_for_uniform_scores_and_log_v_for_certain_ones():
     assert float(kl_to_uniform(certain)) == pytest.approx(math.log(8), rel=1e-5)
 
 
-def test_usage_matches_values_computed_by_hand():
+def test_codebook_usage_matches_values_computed_by_hand():
     perplexity, used = usage(torch.tensor([[[0, 0], [1, 1]]]), 8)
     assert (float(perplexity), float(used)) == (pytest.approx(2), 0.25)
 

@@ -27,7 +27,7 @@ from unmask.rng import Draws, Stream, uniform
 CURVES = Path(__file__).with_name("golden_curves.json")
 STEPS, COUNT, SIDE = 10, 8, 16
 PEAK = 1e-2  # Minimum learning rate, so that ten steps change every part of the loss.
-TOLERANCE = 1e-4  # Relative; rounding differs by about 1e-6 between processors and versions of torch.
+TOLERANCE = 1e-4  # Relative tolerance; rounding differs by about 1e-6 between processors and torch versions.
 
 SMALL = {
     "width": "32", "depth": "2", "heads": "2", "patch": "[4,4]", "colours": "16", "hidden": "[64,32]", "code": "16",
@@ -36,10 +36,10 @@ SMALL = {
 SPECIAL = {
     "igpt_nano": ("method.encoder.patch=[2,2]",),
     "igpt_bert_nano": ("method.encoder.patch=[2,2]",),
-    "finetune_nano": ("method.head_std=0.02",),  # with 2e-5 the encoder hardly affects the first losses
+    "finetune_nano": ("method.head_std=0.02",),  # with head_std=2e-5 the encoder hardly affects the first losses
     "beit_nano": ('method.tokenizer={"codes":32,"width":16,"depth":1,"patch":[4,4]}',),
 }
-"""Further settings of single recipes."""
+"""Settings that apply to one recipe only."""
 RECIPES = [*(name for name in all_recipes() if name.endswith("_nano")), "linear_paper"]
 
 

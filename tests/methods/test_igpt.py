@@ -40,7 +40,7 @@ def prepared(**changes) -> IGPT:
 
 
 @pytest.mark.parametrize(("recipe", "millions"), [(igpt_s, 76), (igpt_m, 455), (igpt_l, 1362)])
-def test_sizes_of_the_paper(recipe, millions):
+def test_the_recipes_have_as_many_parameters_as_the_paper(recipe, millions):
     config = recipe()
     with torch.device("meta"):
         method = config.build(ImageSpec(3, config.data.size, "uint8", (120.0,) * 3, (60.0,) * 3))
@@ -60,11 +60,11 @@ def test_agrees_with_transformers_on_copied_weights():
     theirs = transformers.ImageGPTForCausalImageModeling(
         transformers.ImageGPTConfig(vocab_size=9, n_positions=16, n_embd=32, n_layer=2, n_head=2)
     ).eval()
-    for module in theirs.modules():  # transformers has biases, which are zero in the published weights
+    for module in theirs.modules():  # biases exist in transformers only; the published weights set them to 0
         if isinstance(getattr(module, "bias", None), torch.nn.Parameter):
             torch.nn.init.zeros_(module.bias)
     encoder, core = ours.encoder, theirs.transformer
-    core.wte.weight.copy_(torch.cat([encoder.tokens, encoder.sos[None]]))  # the last row is the start token
+    core.wte.weight.copy_(torch.cat([encoder.tokens, encoder.sos[None]]))  # the last row of wte is the start token
     core.wpe.weight.copy_(encoder.positions)
     core.ln_f.weight.copy_(encoder.norm.weight)
     theirs.lm_head.weight.copy_(ours.head.weight)
@@ -106,7 +106,7 @@ def test_mean_skips_images_without_hidden_tokens():
     assert float(mean_over(values, torch.zeros_like(hidden))) == 0
 
 
-def test_fifteen_percent_are_hidden():
+def test_fifteen_percent_of_the_tokens_are_hidden():
     method, batch = igpt(objective="bert"), batch_of(2000)
     assert float(method.hide(clock(batch).rng).float().mean()) == pytest.approx(0.15, abs=0.01)
 
@@ -119,7 +119,7 @@ def test_the_first_loss_is_log_k_because_the_output_starts_at_zero():
     assert IGPT(Config(encoder=GPTConfig(width=8, depth=1, heads=1, patch=2)), SPEC).head.weight.eq(0).all()
 
 
-def test_baselines_are_in_nats():
+def test_baseline_losses_are_in_nats():
     ids = torch.tensor([[0, 0, 0, 1, 1], [3, 3, 3, 3, 3]])  # 7 of 8 tokens equal the previous one
     by_hand = -(7 * math.log(7 / 8) + math.log(1 / 8 / 3)) / 8
     assert float(repeat_or_any(ids, 4)) == pytest.approx(by_hand)

@@ -45,7 +45,7 @@ def draws(count: int) -> Draws:
     return Draws(0, torch.zeros(count, dtype=torch.int64), torch.arange(count))
 
 
-def test_40_percent_are_masked_5_swapped_and_5_unchanged():
+def test_40_percent_of_the_patches_are_masked_5_swapped_and_5_unchanged():
     change = corrupt(2000, (14, 14), 0.5, draws(2000))
     assert change.where.shape == (2000, 98)
     assert len(change.where[0].unique()) == 98
@@ -69,7 +69,7 @@ def test_swapped_patch_is_any_other_patch_of_the_image():
     assert change.source.max() == 11
 
 
-def test_places_and_kinds_of_corruption_use_separate_streams():
+def test_places_and_kinds_of_corruption_use_separate_random_streams():
     change = corrupt(3, (4, 6), 0.5, draws(3))
     assert torch.equal(change.where, random_mask(3, (4, 6), 0.5, draws(3)).drop)
     assert torch.equal(change.masked, draws(3).uniform(24, Stream.REPLACE)[:, :12] < 0.8)
@@ -96,7 +96,7 @@ def test_the_recipe_has_the_settings_of_the_paper():
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_every_target_trains(target):
+def test_training_reduces_the_loss_with_every_target(target):
     method, batch = small(target), small_batch(8)
     flat = torch.rand(8, 3, 1, 1, generator=torch.Generator().manual_seed(0)) * 255
     batch = Batch((flat + batch.images / 16).clamp(0, 255).to(torch.uint8), batch.index, batch.epoch)

@@ -1,4 +1,6 @@
-"""Absent pixels do not count in the loss of any method, and batches without any have the same loss as before."""
+"""Absent pixels do not count in the loss of any method, and a batch without absent pixels has the same loss as a batch
+without `valid`.
+"""
 
 from dataclasses import replace
 
@@ -71,7 +73,7 @@ def test_absent_pixels_change_the_loss_and_its_gradient_stays_finite(method):
     batch = with_holes(method)
     value = method(batch, clock(batch)).value
     assert value.isfinite()
-    if method.__class__.__name__ != "IGPT" or method.causal:  # its head starts at zero, so the loss is the same
+    if method.__class__.__name__ != "IGPT" or method.causal:  # iGPT-BERT's head starts at zero: the loss is the same
         assert float(value.detach()) != pytest.approx(loss(method, replace(batch, valid=None)), rel=1e-6)
     value.backward()
     assert all(p.grad.isfinite().all() for p in method.parameters() if p.grad is not None)
@@ -89,12 +91,12 @@ def test_a_batch_without_any_valid_pixel_has_loss_zero(method):
 
 
 def test_the_loss_ignores_absent_pixels(method):
-    """Different targets in absent pixels do not change the loss; without `valid` they would."""
+    """Different targets in absent pixels do not change the loss, but would change it without `valid`."""
     if not hasattr(method, "target"):
-        return  # covered by the gradient test
+        return  # methods without targets: see the gradient test
     target = method.target
     by_value = not isinstance(target, Tokens | PrincipalComponents)
-    batch = with_holes(method, 6 if by_value else 8)  # the edge is inside a patch, or between two patches
+    batch = with_holes(method, 6 if by_value else 8)  # the edge of the absent part is in a patch or between two
     kept, full = loss(method, batch), loss(method, replace(batch, valid=None))
     if isinstance(target, Tokens):
         ids = target.forward
@@ -170,7 +172,7 @@ def test_patch_statistics_use_valid_values_only():
     assert torch.equal(nothing.remove(values), values), "patches without valid values are not normalised"
 
 
-def test_a_weighted_mean_skips_weight_zero_and_is_zero_without_weights():
+def test_a_weighted_mean_ignores_values_of_weight_zero_and_is_zero_if_all_weights_are():
     values = torch.tensor([[1.0, 2.0], [3.0, 5.0]], requires_grad=True)
     assert float(weighted_mean(values).detach()) == 2.75
     assert float(weighted_mean(values, torch.tensor([[1.0], [0.0]])).detach()) == 1.5

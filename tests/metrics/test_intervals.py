@@ -7,7 +7,7 @@ from unmask.metrics.intervals import paired_difference, t_interval, wilson
 
 
 def pair(both, first, second, neither):
-    """Return which images two feature sets classify correctly, for these counts."""
+    """Return two bool arrays, the images that two feature sets classify correctly, with these counts of agreement."""
     counts = (both, first, second, neither)
     return np.repeat([True, True, False, False], counts), np.repeat([True, False, True, False], counts)
 
@@ -55,7 +55,7 @@ def test_correlated_answers_narrow_the_interval():
     together, apart = paired_difference(*pair(70, 10, 0, 20)), paired_difference(*pair(50, 30, 20, 0))
     assert together.value == pytest.approx(apart.value)
     assert together.high - together.low < 0.7 * (apart.high - apart.low)
-    for counts in ((30, 0, 0, 0), (0, 0, 0, 30), (0, 30, 0, 0)):  # a marginal count is zero
+    for counts in ((30, 0, 0, 0), (0, 0, 0, 30), (0, 30, 0, 0)):  # all answers of one feature set are equal
         difference = paired_difference(*pair(*counts))
         assert -1 <= difference.low <= difference.value <= difference.high <= 1
     with pytest.raises(ValueError, match="3 and 4 answers"):
@@ -69,7 +69,7 @@ def test_intervals_cover_the_true_difference_in_95_percent_of_samples():
         common = rng.random(200)
         first, second = common < 0.7, (common + 0.15 * rng.normal(size=200)) < 0.6
         low, high = paired_difference(first, second)[1:]
-        covered += low <= 0.7 - 0.5998 <= high  # mean of 0.6 - 0.15 z, clipped to 0..1, over normal z
+        covered += low <= 0.7 - 0.5998 <= high  # 0.5998: mean of 0.6 - 0.15 z, clipped to 0..1, for normal z
     assert 0.92 < covered / 400 < 0.99
 
 

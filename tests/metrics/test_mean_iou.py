@@ -46,7 +46,9 @@ def test_agrees_with_scikit_learn():
 
 
 def test_interval_matches_resampling_of_images():
-    """Half of the images are completely right, the others wrong, so the right ones in a resample are binomial."""
+    """Half of the images have only correct pixels, the others none: the number of correct images in a bootstrap sample
+    is binomial.
+    """
     right, wrong = ([[0, 1]], [[0, 1]]), ([[1, 0]], [[0, 1]])
     few, many = score(tally(*[right, wrong] * 10)), score(tally(*[right, wrong] * 200))
     assert few.mean_iou == many.mean_iou == pytest.approx(1 / 3)
@@ -63,7 +65,7 @@ def test_masks_with_ignored_pixels_only_are_rejected():
         score(tally(([[0]], [[X]]), ([[1]], [[X]])))
 
 
-# At the original size
+# Evaluation at the original size of the images
 
 
 def test_scores_are_resized_instead_of_class_ids(monkeypatch):
@@ -82,7 +84,7 @@ def test_every_image_is_evaluated_at_its_own_size():
     seen = []
 
     def logits(images):
-        """Left half class 0, right half class 1."""
+        """Predict class 0 in the left half of the image and class 1 in the right half."""
         seen.append(tuple(images.shape))
         left = torch.arange(images.shape[3]) < images.shape[3] // 2
         one = torch.stack([left, ~left]).float()[:, None].expand(-1, images.shape[2], -1)

@@ -73,7 +73,7 @@ def test_predicted_means_are_converted_to_the_files_units():
 
 
 @torch.no_grad()
-def test_a_residual_adds_its_gain_times_its_layers():
+def test_a_residual_block_adds_gain_times_the_output_of_its_layers():
     torch.manual_seed(0)
     block, x = Residual(8, 8, (3, 3, 1), 1.0), torch.randn(2, 8, 4, 4)
     added = block(x) - x

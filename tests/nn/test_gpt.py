@@ -120,6 +120,6 @@ def test_initial_weights_are_those_of_the_published_code():
     assert not [name for name, _ in network.named_parameters() if "bias" in name]
 
 
-def test_other_sizes_are_rejected():
+def test_other_image_sizes_are_rejected():
     with pytest.raises(UserError, match=r"\(1, 3, 8, 8\); expected \(B, 3, 8, 12\): an iGPT has learned positions"):
         gpt()(torch.zeros(1, 3, 8, 8))

@@ -1,4 +1,4 @@
-"""Computing only the last tokens of a block changes neither their values nor gradients."""
+"""If a block computes only its last tokens, their values and gradients do not change."""
 
 import pytest
 import torch

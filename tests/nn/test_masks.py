@@ -39,12 +39,12 @@ def test_block_masks_hide_neighbouring_patches():
 
 
 def test_a_block_has_the_sampled_area_and_aspect(monkeypatch):
-    """First proposal by hand: area 16 + (78 - 16) / 2 = 47, aspect 1: 7 x 7 at row 4, column 0; the others are too
-    large.
+    """The first proposed block, computed by hand, has area 16 + (78 - 16) / 2 = 47 and aspect 1: it is 7 x 7 at row 4,
+    column 0. All other proposals are too large.
     """
     script = torch.full((1, 4 * masks.BLOCK_PROPOSALS + 196), 0.0)
     script[0, :4] = torch.tensor([0.5, 0.5, 0.5, 0.0])
-    script[0, 4 : 4 * masks.BLOCK_PROPOSALS] = 0.999  # tall and narrow: 14 rows or more are rejected
+    script[0, 4 : 4 * masks.BLOCK_PROPOSALS] = 0.999  # blocks of 14 rows or more, which are rejected
     script[0, 4 * masks.BLOCK_PROPOSALS :] = torch.linspace(0, 0.999, 196)
     monkeypatch.setattr(Draws, "uniform", lambda self, count: script)
     hidden = block_mask(1, (14, 14), 0.4, draws(1)).hidden().reshape(14, 14)
@@ -55,7 +55,7 @@ def test_a_block_has_the_sampled_area_and_aspect(monkeypatch):
     assert rest.flatten()[-1], "the patch with the most noise is hidden"
 
 
-def test_no_block_is_smaller_than_the_minimum_unless_little_remains():
+def test_no_block_is_smaller_than_the_minimum_unless_fewer_patches_remain_to_be_hidden():
     big = neighbours(block_mask(64, (14, 14), 0.5, draws(64), smallest=60).hidden(), (14, 14))
     small = neighbours(block_mask(64, (14, 14), 0.5, draws(64), smallest=1).hidden(), (14, 14))
     assert big > small + 0.02
@@ -85,7 +85,7 @@ def test_blocks_that_do_not_fit_are_rejected(grid, ratio, smallest, message):
     with pytest.raises(UserError, match=message):
         masks.require_blocks(grid, ratio, smallest)
     masks.require_blocks(grid, ratio, 32)
-    masks.require_blocks((8, 8), 0.625, 40)  # each of the two proposed fixes works
+    masks.require_blocks((8, 8), 0.625, 40)  # the fixes that the error proposes are accepted
 
 
 def test_smallest_block_matches_beit():

@@ -32,7 +32,7 @@ def test_maps_have_the_size_of_their_stride(grid):
         assert found.shape == (2, 12, -(-grid[0] * patch[0] // high), -(-grid[1] * patch[1] // wide))
 
 
-def test_cell_depends_on_nearby_patches_only():
+def test_a_cell_of_the_pyramid_depends_on_nearby_patches_only():
     torch.manual_seed(0)
     pyramid, x = Pyramid(8, 12, (16, 16), (8, 8)), torch.randn(1, 8, 8, 8)
     other = x.clone()

@@ -1,4 +1,4 @@
-"""RandAugment: operations follow their draws, stay in [0, 1], and match Pillow and timm."""
+"""RandAugment: operations depend on their random draws, return values in [0, 1], and match Pillow and timm."""
 
 import numpy as np
 import pytest

@@ -55,7 +55,7 @@ def test_sincos_on_a_wide_grid_is_distinct_at_every_position():
     table = positions.sincos(16, (2, 5))
     assert table.shape == (10, 16)
     assert len({tuple(row.tolist()) for row in table}) == 10
-    assert torch.equal(table[3, :8], table[8, :8])  # same column, first half
+    assert torch.equal(table[3, :8], table[8, :8])  # patches of one column: equal first half
     with pytest.raises(ValueError, match="multiple of 4"):
         positions.sincos(10, (2, 2))
 
@@ -73,7 +73,7 @@ def test_resizing_keeps_rows_and_columns_apart_and_does_nothing_for_the_same_gri
     table[0, :, 1] = torch.arange(6) % 3  # Column number.
     assert positions.resize(table, (2, 3), (2, 3)) is table
     bigger = positions.resize(table, (2, 3), (4, 6)).reshape(4, 6, 4)
-    assert (bigger[:, :, 0].std(1) < 1e-5).all()  # row numbers are still constant along columns
+    assert (bigger[:, :, 0].std(1) < 1e-5).all()  # row numbers do not change along columns
     assert (bigger[:, :, 1].std(0) < 1e-5).all()
     assert (bigger[0, :, 1].diff() > 0).all()
 
@@ -93,7 +93,7 @@ def test_resizing_keeps_rows_and_columns_apart_and_does_nothing_for_the_same_gri
         (1000, 0.9, 100),
     ],
 )
-def test_number_of_kept_patches(n, ratio, kept):
+def test_mask_ratio_determines_the_number_of_kept_patches(n, ratio, kept):
     assert num_kept(n, ratio) == kept
 
 
@@ -112,7 +112,7 @@ def test_mask_parts_cover_the_grid_and_ties_go_to_the_lower_index():
     assert torch.cat([mask.keep, mask.drop], 1).sort(1).values.tolist() == [list(range(20))] * 3
     assert mask.hidden().sum(1).tolist() == [15, 15, 15]
     assert not mask.hidden().gather(1, mask.keep).any()
-    assert len({tuple(row) for row in mask.keep.sort(1).values.tolist()}) > 1  # every image its own mask
+    assert len({tuple(row) for row in mask.keep.sort(1).values.tolist()}) > 1  # masks differ between images
 
 
 def test_every_patch_is_hidden_equally_often():

@@ -23,7 +23,7 @@ def test_onednn_still_multiplies():
     assert torch.allclose(found, torch.nn.functional.linear(x, weight, bias), atol=1e-6), changed("_linear_pointwise")
 
 
-def test_transforms_are_detected():
+def test_torch_func_transforms_are_detected():
     seen = []
 
     def look(x):

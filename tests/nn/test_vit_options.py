@@ -1,4 +1,6 @@
-"""The encoder's options: learned positions, BEiT's relative position bias and LayerScale. Off, nothing changes."""
+"""The encoder's options: learned positions, BEiT's relative position bias and LayerScale. Options that are off change
+nothing.
+"""
 
 import pytest
 import torch
@@ -89,7 +91,7 @@ def test_running_some_patches_equals_masking_attention_to_the_others():
 
 @torch.no_grad()
 @pytest.mark.parametrize("options", [{"relative_bias": True}, {"relative_bias": True, "positions": "absent"}])
-def test_other_sizes_interpolate_the_bias(options):
+def test_other_image_sizes_interpolate_the_relative_bias(options):
     encoder = vit(**options)
     torch.nn.init.normal_(encoder.relative_bias.table)
     assert encoder(images()).patches.shape == (2, 6, 16)
@@ -105,7 +107,7 @@ def test_other_sizes_interpolate_the_bias(options):
 
 @torch.no_grad()
 def test_an_interpolated_bias_keeps_rows_and_columns_apart():
-    """A bias that grows only to the right still does, and stays constant vertically."""
+    """A bias that depends on the column offset only still does after interpolation to another grid."""
     bias = RelativeBias((2, 3), heads=1)
     bias.table[:-3] = torch.arange(5.0).repeat(3)[:, None]  # There are 3 x 5 offsets.
     wide = bias(None, (4, 4))[0, 1:, 1:].unflatten(1, (4, 4))[0]  # Bias from patch 0 to each patch, (rows, cols).
@@ -135,6 +137,6 @@ def test_layer_scale_has_its_initial_value_and_scales_the_block():
     assert (first - last).abs().max() > 0.1
 
 
-def test_bias_tables_have_the_depth_of_the_last_layers():
+def test_layer_decay_treats_bias_tables_like_the_last_norm():
     encoder = vit(relative_bias=True)
     assert encoder.depth_of("relative_bias.table") == encoder.depth_of("norm.weight") == 3

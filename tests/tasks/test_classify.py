@@ -167,7 +167,7 @@ def test_impossible_numbers_of_blocks_are_rejected(last_blocks):
         config(last_blocks)
 
 
-def test_one_class_is_rejected():
+def test_a_single_class_is_rejected():
     with pytest.raises(ValidationError, match=r"classes"):
         Config(encoder=config().encoder, classes=("all",))
 

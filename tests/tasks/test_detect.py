@@ -161,7 +161,9 @@ def test_the_loss_matches_a_value_computed_by_hand():
     centreness = -(0.4 * c[0].log() + 0.6 * (1 - c[0]).log()) - c[2].log()
 
     def giou(a, b):
-        """For two boxes around one cell, overlap and hull have the smaller and the larger of their sides."""
+        """Compute the GIoU of boxes given by the distances from one cell to their sides: the overlap has the smaller of
+        each pair of distances, the hull the larger.
+        """
         size, low, high = (lambda s: (s[0] + s[2]) * (s[1] + s[3])), torch.minimum(a, b), torch.maximum(a, b)
         union = size(a) + size(b) - size(low)
         return size(low) / union - (size(high) - union) / size(high)
@@ -174,7 +176,9 @@ def test_the_loss_matches_a_value_computed_by_hand():
 
 
 def test_selected_box_is_the_one_predicted_by_the_cell():
-    """A confident cell of 4 x 8 pixels in row 1, column 2, a near duplicate, and a less confident cell."""
+    """Three cells of 4 x 8 pixels predict a box: a confident one in row 1, column 2, a neighbour with nearly the same
+    box, and a less confident cell elsewhere.
+    """
     cells, _ = cells_of(((4, 8),), (16, 32))
     guess = Guess(torch.full((16, 3), -9.0), torch.ones(16, 4), torch.zeros(16))
     for cell, logit, sides in ((6, 2.0, (1, 0.5, 4, 1)), (7, 1.0, (2, 0.5, 3, 1)), (12, 0.0, (0.5, 0.5, 0.5, 0.5))):
@@ -188,7 +192,9 @@ def test_selected_box_is_the_one_predicted_by_the_cell():
 
 
 def test_loss_has_fixed_shapes_and_never_synchronises():
-    """Tensors on the meta device have no values, so reading a value or a value-dependent shape fails."""
+    """On the meta device tensors have no values, so a loss that reads a value or has a value-dependent shape would
+    fail.
+    """
     method, of = make().to("meta"), drawn().to("meta")
     value = loss(method, of).value
     value.backward()

@@ -303,7 +303,7 @@ def test_any_grid_is_accepted(patch, grid):
     assert head(maps).shape == (1, 3, grid[0] * finest, grid[1] * finest)
 
 
-def test_every_level_has_a_gradient():
+def test_gradient_reaches_the_map_of_every_level():
     torch.manual_seed(0)
     head = UPerNet(8, 16, 3, (4, 4), (4, 4))
     maps = [torch.randn(2, 8, 4, 4, requires_grad=True) for _ in range(4)]

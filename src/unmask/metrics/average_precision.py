@@ -1,9 +1,10 @@
-"""Mean average precision of boxes, computed by COCO's own code (pycocotools; Lin et al. 2014, "Microsoft COCO").
+"""Mean average precision of boxes, computed by COCO's own code (the package pycocotools, described in Lin et al. 2014,
+"Microsoft COCO").
 
-AP is the mean over ten thresholds of the IoU, 0.50 to 0.95; AP50 and AP75 use a single threshold. Each is the area
-under the curve of precision over recall (101 points) for at most 100 boxes per image, averaged over the classes that
-have true boxes. Boxes are in pixels of the ORIGINAL images, and all true boxes count: a crop has fewer and smaller
-boxes, so numbers measured on crops are not comparable with published ones.
+AP is the mean over ten thresholds of the IoU, 0.50 to 0.95; AP50 and AP75 use a single threshold. Average precision is
+the area under the curve of precision over recall (101 points) for at most 100 boxes per image, averaged over the
+classes that have true boxes. Boxes are in pixels of the ORIGINAL images, and all true boxes count: a crop has fewer and
+smaller boxes, so numbers measured on crops are not comparable with published ones.
 
 Boxes are predicted in `tasks/detect.py`.
 """
@@ -26,7 +27,8 @@ class ImageBoxes(NamedTuple):
     """Boxes of one image: `boxes` (n, 4), (x1, y1, x2, y2) in pixels of the original; `labels` (n,), class numbers.
 
     `scores` (n,) is set for predictions only. `crowd` (n,) bool is set for true boxes only: True for boxes around a
-    group of objects (COCO) or marked difficult (VOC). Detecting or missing them does not change the metric.
+    group of objects (COCO) or marked difficult (VOC). Whether the detector finds crowd boxes or not does not change the
+    metric.
     """
 
     boxes: np.ndarray
@@ -81,14 +83,14 @@ def average_precision(truth: Sequence[ImageBoxes], found: Sequence[ImageBoxes], 
         return float(part[part > -1].mean()) if (part > -1).any() else None
 
     ap, ap50, ap75 = (mean(table[rows]) for rows in (slice(None), at50, at75))
-    assert ap is not None, "there is a true box"
+    assert ap is not None, "some class has a true box, as checked above"
     assert ap50 is not None
     assert ap75 is not None
     return Precision(ap, ap50, ap75, {name: mean(table[at50, :, k]) for k, name in enumerate(classes)})
 
 
 def tools() -> tuple[Any, Any]:
-    """Import pycocotools' COCO and COCOeval. Raises UserError if it is not installed."""
+    """Import pycocotools' COCO and COCOeval. Raises UserError if pycocotools is not installed."""
     try:
         from pycocotools.coco import COCO
         from pycocotools.cocoeval import COCOeval
@@ -100,7 +102,7 @@ def tools() -> tuple[Any, Any]:
 
 
 def crowds(image: ImageBoxes) -> np.ndarray:
-    """Return (n,) bool, True for crowds."""
+    """Return (n,) bool, True for crowd boxes."""
     return np.zeros(len(image.boxes), bool) if image.crowd is None else np.asarray(image.crowd, bool)
 
 

@@ -3,7 +3,7 @@
 Proportions use the Wilson score interval (Wilson 1927, "Probable inference, the law of succession, and statistical
 inference"); differences of two proportions on the same images use the interval for paired proportions of Newcombe 1998,
 "Improved confidence intervals for the difference between binomial proportions based on paired data", Statistics in
-Medicine 17:2635-2650, method 10. They account for the choice of test images, not for the seed of the training.
+Medicine 17:2635-2650, method 10. All intervals account for the choice of test images, not for the seed of the training.
 """
 
 from __future__ import annotations
@@ -50,12 +50,13 @@ def wilson(correct: int, total: int) -> Interval:
 
 
 def paired_difference(first: np.ndarray, second: np.ndarray) -> Difference:
-    """Return the share right in `first` minus that in `second`, both (m,) bool on the same images, with 95 % limits.
+    """Return the accuracy of `first` minus that of `second`, with 95 % limits. first, second: (m,) bool, which of the
+    same m images were answered correctly.
 
-    Of m images, a are right in both, b only in the first, c only in the second, d in neither; p1, p2 are the two shares
-    and (l1, u1), (l2, u2) their Wilson limits. The lower limit is (p1 - p2) - sqrt(x^2 - 2 phi x y + y^2) with x = p1 -
-    l1, y = u2 - p2; the upper limit is (p1 - p2) + the same root with x = u1 - p1, y = p2 - l2. phi is the correlation
-    (ad - bc) / sqrt((a+b)(c+d)(a+c)(b+d)); a positive numerator is reduced by m/2, but not below 0.
+    The formula: `a` images are correct in both, b only in the first, c only in the second, d in neither; p1, p2 are the
+    two accuracies and (l1, u1), (l2, u2) their Wilson limits. The lower limit is (p1 - p2) - sqrt(x^2 - 2 phi x y +
+    y^2) with x = p1 - l1, y = u2 - p2; the upper limit is (p1 - p2) + the same root with x = u1 - p1, y = p2 - l2. phi
+    is the correlation (ad - bc) / sqrt((a+b)(c+d)(a+c)(b+d)); a positive numerator is reduced by m/2, but not below 0.
     """
     first, second = np.asarray(first, bool), np.asarray(second, bool)
     if first.shape != second.shape:

@@ -1,8 +1,8 @@
 """Mean intersection over union of segmentation masks, at the original size of the images.
 
 Each image is resized as a whole to the model's input size, without keeping its aspect ratio. The scores are resized
-bilinearly to the size of the file, and the best class of each pixel is compared with the mask. IGNORED pixels do not
-count.
+bilinearly to the size of the file, and the best class of each pixel is compared with the mask. Pixels labelled IGNORED
+do not count.
 
 The intersection over union of a class is TP / (TP + FP + FN), counted over the pixels of all images. The mean (mIoU) is
 over the classes that occur in the masks; predicting a class that occurs in no mask only lowers the IoU of the true
@@ -29,7 +29,7 @@ from unmask.metrics.measurement import Measurement
 from unmask.nn.map_heads import resize
 
 RESAMPLES = 1000
-MOST_VALUES = 1 << 26  # scores to resize at a time: 256 MiB
+MOST_VALUES = 1 << 26  # greatest number of scores to resize at a time (256 MiB)
 
 
 @dataclass
@@ -58,7 +58,7 @@ class Tally:
 
 @dataclass(frozen=True)
 class Scores:
-    """`ious` (K,) is nan for a class that does not occur; `interval` belongs to `mean_iou`."""
+    """`ious` (K,) is nan for a class that does not occur; `interval`: 95 % limits of `mean_iou`."""
 
     classes: tuple[str, ...]
     mean_iou: float
@@ -69,7 +69,7 @@ class Scores:
     num_images: int
 
     def as_measurement(self) -> Measurement:
-        """Convert to a Measurement with the IoU of each class, None for classes that do not occur."""
+        """Convert the scores to a Measurement with the IoU of each class (None for a class that does not occur)."""
         ious = {name: None if np.isnan(iou) else float(iou) for name, iou in zip(self.classes, self.ious, strict=True)}
         return Measurement(
             {"mean_iou": self.mean_iou, "pixel_accuracy": self.pixel_accuracy},
@@ -92,9 +92,9 @@ def measure(
 ) -> Scores:
     """Measure the mean IoU of a model on these images.
 
-    logits: (B, C, h, w) images -> (B, K, _, _) scores. batches: of whole images (`image_reader` with `whole`). truth:
-    row of an image -> (H, W) classes at the size of the file (`SegmentationMasks.read`). Raises UserError if all pixels
-    are ignored.
+    logits: (B, C, h, w) images -> (B, K, _, _) scores. batches: batches of whole, uncropped images (`image_reader` with
+    `whole`). truth: function that maps the row of an image to its (H, W) classes at the size of the file
+    (`SegmentationMasks.read`). Raises UserError if all pixels are ignored.
     """
     tally = Tally(tuple(classes))
     with torch.no_grad():

@@ -24,7 +24,7 @@ class EncoderConfig(Settings):
 
     @property
     def patch_size(self) -> tuple[int, int] | None:
-        """(height, width) of one token in pixels; None for an encoder without patches."""
+        """(height, width) of one token in pixels, or None for an encoder without patches."""
         return None
 
 
@@ -33,11 +33,10 @@ class ImageEncoder(nn.Module):
 
     spec: the training data. width: size of a token. patch: (height, width) in pixels, of encoders that accept several
     sizes. grid: (rows, columns) of tokens at the training size. depth: number of blocks whose outputs `feature_layers`
-    yields; None where there are no layers to choose from. layer: the layer whose features `forward` returns, None for
-    the last. probe_layer: the default layer of probes, None for the output of `forward`. one_size: the reason why
-    images must have the training size; empty if any whole number of patches is accepted. exact: the buffers in the
-    files' units, which `.half()` and `.bfloat16()` leave in float32, because 16-bit values do not fit in half
-    precision.
+    yields, or None for an encoder without a choice of layers. layer: the layer whose features `forward` returns (None:
+    the last). probe_layer: the default layer of probes (None: the output of `forward`). one_size: the reason why images
+    must have the training size; empty if any whole number of patches is accepted. exact: the buffers in the files'
+    units, which `.half()` and `.bfloat16()` leave in float32, because 16-bit values do not fit in half precision.
     """
 
     spec: ImageSpec
@@ -61,7 +60,7 @@ class ImageEncoder(nn.Module):
         raise UserError(f"{type(self).__name__} has no layers to choose from; use encoder(images)")
 
     def depth_of(self, name: str) -> int:
-        """Depth of a parameter for layer-wise decay of the learning rate, counted from the input.
+        """Return the depth of a parameter, counted from the input, for layer-wise decay of the learning rate.
 
         Raises UserError for an encoder that defines no depths.
         """
@@ -73,8 +72,8 @@ class ImageEncoder(nn.Module):
         """Return `images` (B, C, H, W) in the files' units. Raises UserError for images that this encoder does not
         accept.
 
-        scale: None checks the range of float images; "data" accepts the values unchanged; "unit" multiplies values
-        between 0 and 1 by 255 (8-bit data) or 65535 (16-bit data).
+        scale: with None, the range of float images is checked; with "data", all values are accepted unchanged; with
+        "unit", values between 0 and 1 are multiplied by 255 (8-bit data) or 65535 (16-bit data).
         """
         if torch.jit.is_tracing():
             raise UserError(

@@ -4,7 +4,7 @@ An encoder subtracts the mean of its training data and divides by their standard
 values of the files. Images in another range (0 to 1 of torchvision's ToTensor, or already normalised) would yield
 plausible, wrong features without any error. The checks run in the public entry points (`encoder(images)`,
 `method.logits(images)`, `method.predict(images)`), not in the training loss: reading the range of float images waits
-for the device. Nothing is read while a graph is traced, compiled or exported.
+for the device. The values are not read while a graph is traced, compiled or exported.
 
 Letters: B images, C channels, H x W pixels.
 """
@@ -22,16 +22,16 @@ from unmask.errors import UserError
 from unmask.nn.torch_internals import has_no_values, in_transform
 
 Scale = Literal["data", "unit"]
-"""Units of images: "data" are those of the files; "unit" is 0 to 1 for 8-bit and 16-bit data."""
+"""Units of images: those of the files ("data"), or 0 to 1 for 8-bit and 16-bit data ("unit")."""
 
 FULL = {"uint8": 255.0, "uint16": 65535.0}  # Greatest possible value in a file; float files have none.
-LEAST_RANGE = 32.0  # With a smaller range, values up to 1 may be genuine (class maps, counts, dark frames).
+LEAST_RANGE = 32.0  # In data of a smaller range, values up to 1 are plausible.
 ROUNDING = 1e-3
 OVERSHOOT = 0.25  # Fraction of the range by which resampling may overshoot.
-FARTHEST = 50.0  # Standard deviations that the mean of a batch may lie from the data's (Chebyshev: 1 in 2,500).
+FARTHEST = 50.0  # Greatest plausible distance of a batch's mean from the data's, in standard deviations.
 LARGEST_NORMALISED = 16.0
 SHOWN = 4  # Number of channels whose statistics a message shows.
-NEAREST = 1.5  # If the data's mean is more standard deviations from 0, values near 0 are untypical.
+NEAREST = 1.5  # Values near 0 are untypical if mean > NEAREST x standard deviation.
 
 
 def require_images(images: Any, spec: ImageSpec) -> None:
@@ -103,21 +103,22 @@ def _from_unit(images: Tensor, spec: ImageSpec) -> Tensor:
 
 
 def _unambiguous(images: Tensor, spec: ImageSpec) -> bool:
-    """Whether the dtype alone shows that these are the files' values."""
+    """Return whether the dtype alone shows that the images have the values of the files."""
     return str(images.dtype) == f"torch.{spec.dtype}" != "torch.float32"
 
 
 def _readable(images: Tensor) -> bool:
-    """Whether the values can be read: False in a traced or compiled graph, and for tensors without values."""
+    """Return whether the values can be read: not in a traced or compiled graph, nor from tensors without values."""
     traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or has_no_values(images)
     return not traced and not in_transform(images) and images.shape.numel() > 0
 
 
 @torch.no_grad()
 def _range(images: Tensor, spec: ImageSpec) -> tuple[float, float, float]:
-    """Return (least value, greatest value, largest distance of a channel mean from the data's in standard deviations).
+    """Return the least and the greatest value, and how many standard deviations a channel's mean is at most away from
+    the data's.
 
-    Synchronises with the device once.
+    The call synchronises with the device once.
     """
     values = images.detach().float()
     low, high = values.aminmax()
@@ -128,7 +129,7 @@ def _range(images: Tensor, spec: ImageSpec) -> tuple[float, float, float]:
 
 
 def _fault(low: float, high: float, away: float, spec: ImageSpec, dtype: str) -> str:
-    """Return an error message with the fix for values in this range; "" if they are plausible."""
+    """Return an error message with the fix for values from `low` to `high`, or "" if they are plausible."""
     got, full = f"got {dtype} images with values from {low:.4g} to {high:.4g}", FULL.get(spec.dtype)
     keep = 'or scale="data" if the values are right as they are'
     if not (math.isfinite(low) and math.isfinite(high)):
@@ -143,7 +144,7 @@ def _fault(low: float, high: float, away: float, spec: ImageSpec, dtype: str) ->
             "times 257 (images.to(torch.int32) * 257), as in training"
         )
     if low == high == 0:
-        return ""  # black in all units
+        return ""  # zeros are black in all units
     near_zero = _near_zero(spec)
     if near_zero and max(abs(low), abs(high)) <= 1 + ROUNDING:
         fix = 'scale="unit" for values between 0 and 1 (ToTensor)' if full else "the values as they are in the files"
@@ -167,7 +168,7 @@ def _fault(low: float, high: float, away: float, spec: ImageSpec, dtype: str) ->
 
 
 def _near_zero(spec: ImageSpec) -> bool:
-    """Whether values up to 1 cover only a tiny, untypical part of the data's range."""
+    """Return whether values up to 1 cover only a tiny, untypical part of the data's range."""
     largest = max(mean + 2 * std for mean, std in zip(spec.mean, spec.std, strict=True))
     if spec.dtype in FULL:
         return largest >= LEAST_RANGE

@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from unmask.nn import torch_internals
 
-FEWEST = 1 << 20  # multiply-accumulates; for smaller products the call costs more than it saves
+FEWEST = 1 << 20  # multiply-accumulates; for fewer, calling oneDNN takes longer than it saves
 
 
 class Linear(nn.Linear):
@@ -43,7 +43,7 @@ def linear(
 
 def _for_onednn(x: Tensor, weight: Tensor) -> bool:
     return (
-        not torch.compiler.is_compiling()  # checked first: sizes are symbols in an exported graph
+        not torch.compiler.is_compiling()  # checked first, because exported graphs have symbolic sizes
         and not torch_internals.in_transform(x)
         and mkl_is_slow()
         and x.device.type == "cpu"
@@ -56,7 +56,7 @@ def _for_onednn(x: Tensor, weight: Tensor) -> bool:
 
 @cache
 def mkl_is_slow() -> bool:
-    """Whether MKL is much slower than oneDNN on this processor, and torch has both."""
+    """Return whether torch has both MKL and oneDNN, and MKL is much slower on this processor."""
     if not (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()):
         return False
     if torch.backends.cpu.get_cpu_capability() != "AVX512" or torch_internals.onednn_linear() is None:

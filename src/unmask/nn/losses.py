@@ -12,7 +12,7 @@ from torch import Tensor
 def mean_square(
     guess: Float[Tensor, "*shape"], truth: Float[Tensor, "*shape"], weights: Tensor | None = None
 ) -> Float[Tensor, ""]:
-    """Return the mean squared error. With equally many hidden patches in every image this is MAE's masked mean.
+    """Return the mean squared error. This mean equals MAE's masked mean if all images have equally many hidden patches.
 
     weights: see `weighted_mean`.
     """
@@ -23,7 +23,7 @@ def weighted_mean(values: Float[Tensor, "*shape"], weights: Tensor | None = None
     """Return the mean of the values with weight 1, ignoring those with weight 0; a differentiable 0 if all weights are
     0.
 
-    weights: 0 or 1, of a shape that broadcasts to that of `values`; None for the mean of all values.
+    weights: 0 or 1, of a shape that broadcasts to that of `values` (None: all are 1).
     """
     if weights is None:
         return values.mean()

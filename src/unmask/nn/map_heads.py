@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from unmask.nn.pyramid import SCALES, ChannelNorm
 
-BEIT_SHARES = (1 / 3, 1 / 2, 2 / 3, 1)  # Of the depth: blocks 4, 6, 8, 12 of 12 and 8, 12, 16, 24 of 24.
-POOLS = (1, 2, 3, 6)  # Cells along each side in pyramid pooling.
+BEIT_SHARES = (1 / 3, 1 / 2, 2 / 3, 1)  # Depths of the blocks that BEiT's head reads.
+POOLS = (1, 2, 3, 6)  # Number of cells along each side in pyramid pooling.
 CLASS_STD = 0.01
 
 
@@ -43,7 +43,7 @@ class LinearHead(nn.Module):
         self.to_classes = class_layer(before, classes)
 
     def blocks(self, depth: int) -> tuple[int, ...]:
-        """Return the blocks, counted from 1, whose maps `forward` expects."""
+        """Return the numbers of the blocks, counted from 1, whose maps `forward` expects."""
         return (depth,)
 
     def forward(self, maps: Sequence[Float[Tensor, "B D R C"]]) -> Float[Tensor, "B K R C"]:

@@ -19,10 +19,10 @@ from torch import Tensor
 from unmask.errors import UserError
 from unmask.rng import Draws
 
-BLOCK_TRIES = 10  # Rejections in a row after which the block sampler stops (BEiT).
-BLOCK_PROPOSALS = 64  # Rectangles drawn for every image; enough unless blocks are very small.
+BLOCK_TRIES = 10  # Number of rejected rectangles in a row after which the block sampler stops (BEiT).
+BLOCK_PROPOSALS = 64  # Number of rectangles drawn for every image; enough unless blocks are very small.
 BLOCK_ASPECT = 0.3  # Smallest height / width of a block; the largest is the inverse.
-BEIT_SMALLEST_BLOCK = 16 / 196  # Share of the grid in one block.
+BEIT_SMALLEST_BLOCK = 16 / 196  # Least share of the grid in one block.
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Mask:
     drop: Int[Tensor, "B M"]
 
     def hidden(self) -> Bool[Tensor, "B N"]:
-        """True where a patch is hidden, in raster order."""
+        """Return flags in raster order, True for a hidden patch."""
         flags = torch.zeros(
             len(self.keep), self.keep.shape[1] + self.drop.shape[1], dtype=torch.bool, device=self.keep.device
         )
@@ -41,7 +41,7 @@ class Mask:
 
     @property
     def order(self) -> Int[Tensor, "B N"]:
-        """Every patch once: the visible ones, then the hidden ones."""
+        """Return the indices of all patches, the visible ones first."""
         return torch.cat([self.keep, self.drop], 1)
 
 
@@ -49,8 +49,7 @@ def num_kept(num_patches: int, ratio: float) -> int:
     """Return how many patches stay visible: N (1 - ratio) rounded down, as in the official code.
 
     The official `int(N * (1 - ratio))` keeps one patch too few if rounding puts the product just below a whole number
-    (N = 100, ratio 0.9 gives 9); the small term corrects that. Raises UserError if no patch would be visible, or none
-    hidden.
+    (N = 100, ratio 0.9 gives 9); the small term corrects that. Raises UserError if all or no patches would be hidden.
     """
     kept = math.floor(num_patches * (1 - ratio) + 1e-6)
     if not 0 < kept < num_patches:
@@ -87,7 +86,7 @@ def require_blocks(grid: tuple[int, int], ratio: float, smallest: int) -> None:
     hidden = n - num_kept(n, ratio)
     if smallest > hidden:
         ways = f"set method.smallest_block={hidden} or less"
-        if smallest < n:  # otherwise no ratio is large enough
+        if smallest < n:  # a block of all patches would need a ratio of 1
             ways += f", or method.mask_ratio={math.ceil(1000 * smallest / n) / 1000:g} or more"
         raise UserError(
             f"got a smallest block of {smallest} patches; method.mask_ratio={ratio:.4g} hides only {hidden} of the "
@@ -98,11 +97,11 @@ def require_blocks(grid: tuple[int, int], ratio: float, smallest: int) -> None:
 def block_mask(batch: int, grid: tuple[int, int], ratio: float, rng: Draws, smallest: int | None = None) -> Mask:
     """Sample blocks as BEiT's code does (Bao et al. 2021), but hide the same number of patches in every image.
 
-    Rectangles are drawn one after another: area uniform between `smallest` and what remains to be hidden, aspect
-    log-uniform in [0.3, 1/0.3], both sides shorter than the grid's, corner anywhere. One is accepted when it hides at
-    least one new patch and not more than remain; after ten rejections in a row the sampler stops. BEiT then hides the
-    target number or fewer; here random single patches are added, because batches need equal numbers. All images process
-    the same 64 proposals at once, without waiting for the host.
+    Rectangles are drawn one after another: area uniform between `smallest` and the number of patches that remain to be
+    hidden, aspect log-uniform in [0.3, 1/0.3], both sides shorter than the grid's, corner anywhere. A rectangle is
+    accepted if it hides at least one new patch and not more than remain to be hidden; after ten rejections in a row the
+    sampler stops. BEiT then hides the target number or fewer; here random single patches are added, because batches
+    need equal numbers. All images process the same 64 proposals at once, without waiting for the host.
     """
     smallest = smallest_block(grid) if smallest is None else smallest
     (rows, cols), n = grid, grid[0] * grid[1]
@@ -153,22 +152,26 @@ def grid_mask(batch: int, grid: tuple[int, int], ratio: float, rng: Draws) -> Ma
 
 
 def pattern_mask(patterns: Bool[Tensor, "n N"], kept: int, rng: Draws) -> Mask:
-    """Sample one of the given patterns for each image. True is hidden; every pattern keeps `kept` patches."""
+    """Sample one of the given patterns for each image. `patterns` are True for hidden patches; each keeps `kept`
+    patches visible.
+    """
     which = (rng.uniform(1)[:, 0] * len(patterns)).long()  # (B,)
     return _mask_of(patterns[which], kept)
 
 
 def _mask_of(hidden: Bool[Tensor, "B N"], kept: int) -> Mask:
-    """Return a mask with both parts in raster order. `kept` is given, so that the host does not wait for a count."""
+    """Return a mask with visible and hidden patches each in raster order. kept: number of visible patches of each
+    image, passed in so that the host does not wait for a count.
+    """
     order = hidden.int().argsort(dim=1, stable=True)
     return Mask(keep=order[:, :kept], drop=order[:, kept:])
 
 
 def read_patterns(rows: Sequence[Sequence[str]], grid: tuple[int, int]) -> Bool[Tensor, "n N"]:
-    """Parse patterns: "#" is a hidden patch, "." a visible one, one string for each row of the grid.
+    """Parse patterns, which have one string for each row of the grid: "#" is a hidden patch, "." a visible one.
 
     Raises UserError for a size that differs from the grid, for other characters, and for patterns that hide all
-    patches, none, or a different number than the other patterns.
+    patches, no patch, or a different number of patches than the other patterns.
     """
     flags = []
     for number, pattern in enumerate(rows, 1):

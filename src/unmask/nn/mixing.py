@@ -1,7 +1,8 @@
 """Mixup and cutmix: mix each image and its target with those at the mirrored position in the batch.
 
 Zhang et al. 2018, "mixup: Beyond empirical risk minimization"; Yun et al. 2019, "CutMix". As in MAE's fine-tuning, each
-(micro-)batch uses one of the two, with one mixing ratio. The draws are made on the host, so nothing waits for a GPU.
+(micro-)batch uses either mixup or cutmix, with one mixing ratio. The draws are made on the host, so nothing waits for a
+GPU.
 
 Letters: B images, C channels, H x W pixels, K classes.
 """
@@ -19,7 +20,7 @@ MIX_DRAWS = 4
 
 
 def soft_targets(labels: Int[Tensor, " B"], classes: int, smoothing: float) -> Float[Tensor, "B K"]:
-    """Return targets of 1 - s + s / K for the right class and s / K for every other (Szegedy et al. 2016)."""
+    """Return targets of 1 - s + s / K for the right class and s / K for every other class (Szegedy et al. 2016)."""
     return F.one_hot(labels, classes).float() * (1 - smoothing) + smoothing / classes
 
 
@@ -66,7 +67,8 @@ def beta_quantile(share: float, alpha: float) -> float:
 
 
 def cut_box(size: tuple[int, int], kept: float, down: float, across: float) -> tuple[slice, slice]:
-    """Return rows and columns of a box with the image's aspect ratio and 1 - `kept` of its area, clipped at the edges.
+    """Return the rows and columns of a box with the image's aspect ratio and 1 - `kept` of its area, clipped at the
+    edges.
 
     down, across: centre of the box, as fractions of the image's height and width.
     """

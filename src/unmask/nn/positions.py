@@ -3,7 +3,7 @@ resizing of position tables, and BEiT's relative position bias.
 
 The code of one axis is [sin(pos w) | cos(pos w)] in halves, not interleaved, with w_i = 10000^(-i / (D/4)); the code of
 a patch is [code of its COLUMN | code of its ROW], because the official code calls meshgrid with the width axis first.
-Swapping the two breaks released weights without any error on square grids.
+With row and column swapped, released weights would give wrong features on square grids, without any error.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from unmask.errors import UserError
 
 
 def sincos(width: int, grid: tuple[int, int]) -> Float[Tensor, "N D"]:
-    """(rows x cols, width) float32 table, computed in float64. Raises UserError unless width is a multiple of 4."""
+    """Return the (rows x cols, width) float32 table of positions, computed in float64. Raises UserError unless width is
+    a multiple of 4.
+    """
     if width % 4:
         raise UserError(
             f"token width {width} is not a multiple of 4, which sin-cos positions in 2-D need; use {width // 4 * 4 + 4}"
@@ -34,7 +36,7 @@ def sincos(width: int, grid: tuple[int, int]) -> Float[Tensor, "N D"]:
 
 
 def resize(positions: Float[Tensor, "1 N D"], old: tuple[int, int], new: tuple[int, int]) -> Float[Tensor, "1 M D"]:
-    """Interpolate a table for grid `old` to grid `new` (bicubic, two-dimensional); unchanged if they are equal.
+    """Interpolate a table for grid `old` to grid `new` (bicubic, two-dimensional); unchanged if the grids are equal.
 
     Graphs that are exported for any size always interpolate, which changes no value if the grids are equal.
     """
@@ -46,15 +48,17 @@ def resize(positions: Float[Tensor, "1 N D"], old: tuple[int, int], new: tuple[i
 
 
 def is_number(grid: tuple[int, int]) -> bool:
-    """Whether a grid is known, rather than a symbol of a graph that `torch.export` makes for any size."""
+    """Return whether the sides of a grid are numbers, rather than symbols in a graph that `torch.export` makes for any
+    size.
+    """
     return not any(isinstance(side, torch.SymInt) for side in grid)
 
 
 def fitted(name: str, value: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
     """Adapt a tensor of a method's state dict to another grid of patches; unchanged unless it has one row per patch.
 
-    Interpolates position tables (a row for the class token is kept; CrossMAE's decoder has none), iGPT's positions, and
-    tables of relative positions.
+    Interpolates position tables (keeping the row of the class token, which CrossMAE's decoder lacks), iGPT's positions,
+    and tables of relative positions.
     """
     places = old[0] * old[1]
     spans = [(2 * rows - 1, 2 * cols - 1) for rows, cols in (old, new)]
@@ -72,7 +76,8 @@ class RelativeBias(nn.Module):
     """Bias of attention scores that depends on the offset between two patches (BEiT, Bao et al. 2021, its code).
 
     The table has one number per head for each of (2 rows - 1) x (2 cols - 1) offsets, and three more: from the class
-    token to a patch, from a patch to the class token, and from the class token to itself. All start at zero.
+    token to a patch, from a patch to the class token, and from the class token to itself. All these numbers start at
+    zero.
     """
 
     index: Tensor
@@ -96,7 +101,7 @@ class RelativeBias(nn.Module):
             table = torch.cat([resize(table[None, :-3], old, new)[0], table[-3:]])
             index = _offset_index(grid).to(table.device)
         if where is not None:
-            places = torch.cat([torch.zeros_like(where[:, :1]), where + 1], 1)  # (B, K1): the class token is 0.
+            places = torch.cat([torch.zeros_like(where[:, :1]), where + 1], 1)  # (B, K1); 0 is the class token.
             index = index[places[:, :, None], places[:, None, :]]  # (B, K1, K1)
         return table[index].movedim(-1, -3)
 

@@ -5,9 +5,9 @@ map, whose stride is the patch, is used. The levels are maps four and two times 
 map itself, and a map two times coarser (by pooling). Then a 1x1 and a 3x3 convolution, each with a LayerNorm over
 channels, map all levels to one width.
 
-Differs from the paper: no level finer than `FINEST` pixels unless the patches themselves are, so small patches give
-fewer levels; no fifth level (the paper has one for region proposals, with patch 16 in 1024-pixel images); if the grid
-has an odd number of rows or columns, the coarse level keeps the last, half-filled row or column.
+Differs from the paper: no level has cells smaller than `FINEST` pixels unless the patches themselves are smaller, so
+small patches give fewer levels; no fifth level (the paper has one for region proposals, with patch 16 in 1024-pixel
+images); if the grid has an odd number of rows or columns, the coarse level keeps the last, half-filled row or column.
 
 Letters: B images, D width of a token, R x C grid of patches, W width of the pyramid.
 """
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from unmask.nn.blocks import LAYER_NORM_EPS
 
 FINEST = 4  # Smallest size of a cell in pixels.
-SCALES = (4.0, 2.0, 1.0, 0.5)  # Cells per patch along one side, for each level.
+SCALES = (4.0, 2.0, 1.0, 0.5)  # Number of cells per patch along one side, for each level.
 
 
 class ChannelNorm(nn.LayerNorm):

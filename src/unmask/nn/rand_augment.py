@@ -2,8 +2,8 @@
 
 Cubuk et al. 2020, "RandAugment", in the form that MAE's fine-tuning uses (timm's `rand-m9-mstd0.5-inc1`): two of
 fifteen operations are drawn for each image, and each is applied with probability one half, at a strength around
-`magnitude`. Zhong et al. 2020, "Random erasing": a box of noise. As in timm, shears keep the upper left corner in place
-and all geometric operations are bicubic.
+`magnitude`. Zhong et al. 2020, "Random erasing": a random box is filled with noise. As in timm, shears keep the upper
+left corner in place and all geometric operations are bicubic.
 
 Operations are drawn on the host from the image's place in the global batch and the step, so a resumed run repeats them
 and nothing is read back from a GPU. Colour operations use values scaled to [0, 1] by `ImageSpec.value_range`, and
@@ -26,9 +26,9 @@ OPERATIONS = 2  # Number of operations per image.
 PROBABILITY = 0.5  # Probability of applying an operation.
 SPREAD = 0.5  # Standard deviation of the magnitude.
 MOST = 10.0  # Greatest magnitude.
-DRAWS = 4 * OPERATIONS  # For each operation: which one, whether to apply it, its strength, its sign.
+DRAWS = 4 * OPERATIONS  # Per operation: its kind, whether to apply it, its strength, its sign.
 SMOOTH = [[1 / 13, 1 / 13, 1 / 13], [1 / 13, 5 / 13, 1 / 13], [1 / 13, 1 / 13, 1 / 13]]  # Pillow's filter SMOOTH.
-ERASE_DRAWS = 5  # Draws for: whether to erase, area, aspect ratio, row, column.
+ERASE_DRAWS = 5  # Whether to erase, and the box: area, aspect ratio, row, column.
 ERASED_AREA, ERASED_ASPECT = (0.02, 1 / 3), (0.3, 1 / 0.3)
 
 Unit = Float[Tensor, "B C H W"]
@@ -65,7 +65,7 @@ def erase(
     std: Float[Tensor, " C"],
     seed: int,
 ) -> Float[Tensor, "B C H W"]:
-    """Replace a random box in some of the images by normal noise. mean, std, seed: of the noise."""
+    """Replace a random box in some of the images by normal noise. mean, std, seed: parameters of the noise."""
     height, width = images.shape[2:]
     generator = torch.Generator(images.device).manual_seed(seed)
     images = images.clone()
@@ -160,7 +160,8 @@ def warp(x: Unit, inverse: Float[np.ndarray, "B 2 3"], fill: Float[Tensor, "C 1 
     inverse: maps coordinates in the result to coordinates in `x`.
 
     Coordinates are (x, y) with the origin at the upper left corner of the image and pixel centres at halves. Pillow's
-    kernel is steeper than torch's (a = -1, where `grid_sample` has -0.75). Pixels from outside are `fill`.
+    kernel is steeper than torch's (a = -1, where `grid_sample` has -0.75). Pixels from outside the image have the
+    colour `fill`.
     """
     height, width = x.shape[2:]
     across, down = (torch.arange(n, device=x.device, dtype=x.dtype) + 0.5 for n in (width, height))
@@ -177,7 +178,7 @@ def warp(x: Unit, inverse: Float[np.ndarray, "B 2 3"], fill: Float[Tensor, "C 1 
 
 
 def _taps(at: Float[Tensor, "B H W"], size: int) -> tuple[list[Tensor], tuple[Tensor, ...]]:
-    """The four pixels around each coordinate along one axis (edge pixels are repeated), and their weights."""
+    """Return the four pixels around each coordinate along one axis (edge pixels are repeated), and their weights."""
     first = (at - 0.5).floor()
     d = at - 0.5 - first
     weights = (-d + 2 * d**2 - d**3, 1 - 2 * d**2 + d**3, d + d**2 - d**3, d**3 - d**2)

@@ -1,4 +1,6 @@
-"""Recompute cheap activations in the backward pass instead of storing them. Same values, less memory."""
+"""Recompute cheap activations in the backward pass instead of storing them. The results are the same and need less
+memory.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +16,8 @@ from unmask.nn.torch_internals import in_transform
 def recomputed(function: Callable[[Tensor], Tensor], x: Tensor, made: Tensor) -> AbstractContextManager[object]:
     """Context manager in which autograd stores x instead of `made` = function(x), which the backward pass recomputes.
 
-    function: elementwise and deterministic. It saves memory if x is stored anyway. Does nothing in compiled code: the
-    compiler makes this choice itself.
+    function: elementwise and deterministic. Memory is saved only if x is stored anyway. This does nothing in compiled
+    code, where the compiler decides what to recompute.
     """
     if torch.compiler.is_compiling() or not torch.is_grad_enabled() or in_transform(x):
         return nullcontext()

@@ -25,7 +25,7 @@ from unmask.nn.patches import normalise, patchify, put, take
 from unmask.nn.valid import Valid, patch_weights, value_weights
 
 VARIANCE_EPS = 1e-6
-PCA_PATCHES = 100_000  # number used for principal components, unless the data set has fewer
+PCA_PATCHES = 100_000  # number of patches used for principal components, or fewer if the data set has fewer
 
 
 class PatchStatistics(NamedTuple):
@@ -48,7 +48,7 @@ class PatchStatistics(NamedTuple):
 def patch_statistics(patches: Float[Tensor, "B N P"], valid: Valid | None = None) -> PatchStatistics:
     """Compute statistics for MAE's normalised-pixel target: unbiased variance, eps inside the root, always in float32.
 
-    A flat patch (variance 0) becomes an all-zero target. valid: the values to include; None for all. A patch without
+    A flat patch (variance 0) becomes an all-zero target. valid: the values to include (None: all). A patch without
     valid values has mean 0 and standard deviation 1.
     """
     patches = patches.float()
@@ -57,16 +57,17 @@ def patch_statistics(patches: Float[Tensor, "B N P"], valid: Valid | None = None
         mean = (patches * valid.values).sum(-1, keepdim=True) / count.clamp(min=1)
         squares = ((patches - mean) * valid.values).square().sum(-1, keepdim=True)
         std = (squares / (count - 1).clamp(min=1) + VARIANCE_EPS).sqrt()
-        return PatchStatistics(mean, torch.where(count > 0, std, 1.0))  # a std near 0 makes baselines huge
+        # Without valid values std is 1, not near 0, which would make the loss of baselines huge.
+        return PatchStatistics(mean, torch.where(count > 0, std, 1.0))
     mean = patches.mean(-1, keepdim=True)
-    squares = (patches - mean).square().sum(-1, keepdim=True)  # torch's own variance is ten times as slow on a CPU
+    squares = (patches - mean).square().sum(-1, keepdim=True)  # torch.var takes ten times as long on a CPU
     return PatchStatistics(mean, (squares / (patches.shape[-1] - 1) + VARIANCE_EPS).sqrt())
 
 
 class Target(nn.Module, ABC):
     """See the module docstring. `patches` (B, N, P) are normalised, `images` (B, C, H, W) in the files' own units.
 
-    valid: which patches and values count in the loss, None for all. num_prepare: number of images whose patches, (1, n,
+    valid: which patches and values count in the loss (None: all). num_prepare: number of images whose patches, (1, n,
     P), `prepare` uses before the first step; 0 for none. note: explanation for the caption of a picture.
     """
 
@@ -78,7 +79,7 @@ class Target(nn.Module, ABC):
     def forward(
         self, patches: Float[Tensor, "B N P"], images: Tensor, valid: Valid | None = None
     ) -> Shaped[Tensor, "B N T"]:
-        """Return the target of every patch; T is O, or 1 for ids of codes."""
+        """Return the target of every patch, (B, N, T): T = 1 for ids of codes, T = O for all other targets."""
 
     @abstractmethod
     def loss(
@@ -104,8 +105,8 @@ class Target(nn.Module, ABC):
         """Return the loss of baseline predictions for mask.drop on these images, in the units of `loss`."""
 
     def weights(self, valid: Valid | None, where: Int[Tensor, "B Q"]) -> Float[Tensor, "B Q W"] | None:
-        """Return the weights of the patches `where` for `loss`; W = 1 (one weight per patch) unless pixels are
-        predicted.
+        """Return the weights for `loss` of the patches `where`: one per patch (W = 1), or for pixels one per value (W =
+        P).
         """
         weights = patch_weights(valid, where)
         return None if weights is None else weights[..., None]
@@ -115,7 +116,7 @@ class Target(nn.Module, ABC):
 
 
 class Pixels(Target):
-    """Pixels, normalised over the data set only, or with `per_patch` also within each patch (MAE section 4)."""
+    """Target: pixels, normalised over the data set only, or with `per_patch` also within each patch (MAE section 4)."""
 
     def __init__(self, values: int, grid: tuple[int, int], channels: int, *, per_patch: bool) -> None:
         super().__init__()
@@ -152,7 +153,7 @@ class Pixels(Target):
 
 
 class PrincipalComponents(Target):
-    """The coefficients of a patch along the `count` directions of greatest variance (MAE, Table 1d: 96 of 768).
+    """Target: the coefficients of a patch along the `count` directions of greatest variance (MAE, Table 1d: 96 of 768).
 
     `prepare` computes the directions from the data set; until then all coefficients are 0. whiten: divide each
     coefficient by its standard deviation over the data; the paper does not specify this; off by default.
@@ -184,7 +185,7 @@ class PrincipalComponents(Target):
         variances, directions = torch.linalg.eigh(covariance.cpu())  # ascending
         variances, directions = variances.flip(0)[: self.out], directions.flip(1)[:, : self.out]
         largest = directions.gather(0, directions.abs().argmax(0, keepdim=True))
-        directions = directions * torch.where(largest < 0, -1.0, 1.0)  # otherwise the sign would depend on the library
+        directions = directions * torch.where(largest < 0, -1.0, 1.0)  # fixes the sign, which depends on the library
         self.center.copy_(center)
         self.basis.copy_(directions)
         if self.whiten:
@@ -212,7 +213,8 @@ class PrincipalComponents(Target):
 
 
 class Tokens(Target):
-    """The codes of a trained dVAE (BEiT; MAE, Table 1d): one class out of `codes` for every patch, cross-entropy.
+    """Target: the codes of a trained dVAE, one class out of `codes` for every patch, with a cross-entropy loss (BEiT,
+    and MAE's Table 1d).
 
     The tokenizer is a frozen part of the method, whose weights come from another Run. Raises UserError unless the
     tokenizer has one code for each patch of `patch` pixels.
@@ -262,9 +264,10 @@ class Tokens(Target):
 def flat_guesses(
     view: Float[Tensor, "B N P"], channels: int, mask: Mask, grid: tuple[int, int], valid: Valid | None = None
 ) -> dict[str, Float[Tensor, "B M P"]]:
-    """Baseline predictions of the hidden patches of `view` (patches as a target sees them), by name.
+    """Return baseline predictions, by name, of the hidden patches of `view` (patches as a target sees them).
 
-    `true_patch_mean` is an oracle: the true mean colour of each hidden patch. The other two use visible patches only.
+    `true_patch_mean` is an oracle: the true mean colour of each hidden patch. `visible_mean` and `nearest_visible` use
+    visible patches only.
     """
     pixels = view.shape[2] // channels
     colours = view.unflatten(2, (-1, channels)).mean(2)  # (B, N, C)

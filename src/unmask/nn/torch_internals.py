@@ -17,19 +17,21 @@ except ImportError:  # pragma: no cover
 
 
 def onednn_linear() -> Any:
-    """The operator x weight^T + bias of oneDNN, which torch.compile uses on CPUs; None if torch does not have it."""
+    """Return oneDNN's operator x weight^T + bias, which torch.compile uses on CPUs, or None if torch does not have it."""
     return getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 
 
 def multiply_by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x (rows, inside) weight^T + bias by oneDNN; either may be transposed in memory. Needs `onednn_linear()`."""
+    """Compute x weight^T + bias by oneDNN, for x (rows, inside); x and weight may be transposed in memory. Needs
+    `onednn_linear()`.
+    """
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
 def in_transform(x: Tensor) -> bool:
-    """Whether x is inside a `torch.func` transform (vmap, grad, ...), where tensors have no memory of their own.
+    """Return whether x is inside a `torch.func` transform (vmap, grad, ...), where tensors have no memory of their own.
 
-    False if this version of torch cannot tell.
+    The result is False if this version of torch has no function for it.
     """
     functorch = getattr(torch._C, "_functorch", None)
     check = getattr(functorch, "is_functorch_wrapped_tensor", None)
@@ -37,5 +39,5 @@ def in_transform(x: Tensor) -> bool:
 
 
 def has_no_values(x: Tensor) -> bool:
-    """Whether a tensor has a shape but no values, such as those that torch.export traces with."""
+    """Return whether a tensor has a shape but no values, such as those that torch.export traces with."""
     return x.is_meta or (FakeTensor is not None and isinstance(x, FakeTensor))

@@ -21,14 +21,16 @@ from unmask.nn.patches import patchify, take
 
 
 class Valid(NamedTuple):
-    """`patches` (B, N) bool, True for patches that count; `values` (B, N, P), 1 for their valid values, 0 elsewhere."""
+    """Valid parts of images. patches: (B, N) bool, True for patches that count. values: (B, N, P), 1 for valid values
+    of these patches, 0 for all others.
+    """
 
     patches: Bool[Tensor, "B N"]
     values: Float[Tensor, "B N P"]
 
 
 def valid_patches(batch: Batch, patch: tuple[int, int]) -> Valid | None:
-    """Return the valid patches of (height, width) pixels and their valid values; None if all are valid."""
+    """Return the valid patches of (height, width) pixels and their valid values, or None if all pixels are valid."""
     if batch.valid is None:
         return None
     pixels = patchify(batch.valid[:, None].float(), patch)  # (B, N, height x width)
@@ -38,7 +40,9 @@ def valid_patches(batch: Batch, patch: tuple[int, int]) -> Valid | None:
 
 
 def patch_weights(valid: Valid | None, where: Int[Tensor, "B Q"] | None = None) -> Float[Tensor, "B Q"] | None:
-    """Return 1 for each patch that counts and 0 for the others, of all patches or `where`; None if all count."""
+    """Return 1 for each patch that counts and 0 for the others, of all patches or the patches `where`; or None if all
+    count.
+    """
     if valid is None:
         return None
     weights = valid.patches.float()
@@ -51,14 +55,16 @@ def value_weights(valid: Valid | None, where: Int[Tensor, "B Q"]) -> Float[Tenso
 
 
 def pixel_weights(batch: Batch) -> Float[Tensor, "B 1 H W"] | None:
-    """Return 1 for each valid pixel and 0 for absent ones; None if all are valid."""
+    """Return 1 for each valid pixel and 0 for absent ones, or None if all are valid."""
     return None if batch.valid is None else batch.valid[:, None].float()
 
 
 def shrunk_mean(
     values: Float[Tensor, "B C H W"], cell: tuple[int, int], valid: Bool[Tensor, "B H W"] | None = None
 ) -> Float[Tensor, "B C R S"]:
-    """Return the mean of the valid pixels of each cell of (height, width) pixels, or of all if none is valid."""
+    """Return the mean of the valid pixels of each cell of (height, width) pixels, or of all its pixels if none is
+    valid.
+    """
     means = F.avg_pool2d(values, cell)
     if valid is None:
         return means

@@ -1,8 +1,8 @@
 """The vision transformer encoder (Dosovitskiy et al. 2021) in the form official MAE trains.
 
-Three steps, so that a method can intervene between them: `patches(images)` -> `embed(patches)` -> `run(tokens)`;
-`forward(images)` does all three and returns `Features`. Mean and standard deviation of the data are buffers, so an
-encoder carries its own preprocessing and takes images in the files' own units.
+Encoding has three steps, so that a method can intervene between them: `patches(images)` -> `embed(patches)` ->
+`run(tokens)`; `forward(images)` runs all three steps and returns `Features`. Mean and standard deviation of the data
+are buffers, so an encoder carries its own preprocessing and takes images in the files' own units.
 
 Sizes of the paper: B 768 x 12 x 12 heads, L 1024 x 24 x 16, H 1280 x 32 x 16 (patch 14).
 """
@@ -125,7 +125,7 @@ class ViT(ImageEncoder):
         where: Int[Tensor, "B K"] | None = None,
         grid: tuple[int, int] | None = None,
     ) -> Float[Tensor, "B K D"]:
-        """Project patches and add positions. where: indices of the given patches; None for all in raster order.
+        """Project patches and add positions. where: indices of the given patches (None: all patches in raster order).
 
         Each patch has the position of its place in the image, so embedding only the kept patches equals embedding all
         and then dropping some. grid: given if the images are larger or smaller than in training.
@@ -197,7 +197,9 @@ class ViT(ImageEncoder):
     def feature_layers(
         self, images: Shaped[Tensor, "B C H W"], hidden: Bool[Tensor, "B N"] | None = None, scale: Scale | None = None
     ) -> Iterator[Features]:
-        """As `ImageEncoder.feature_layers`; the last layer includes the final norm. Raises UserError for `hidden`."""
+        """As `ImageEncoder.feature_layers`; the last layer includes the final norm. Raises UserError if `hidden` is
+        given.
+        """
         if hidden is not None:
             raise UserError("got hidden tokens; a ViT is evaluated on whole images; leave hidden out")
         images = self.accept(images, scale)

@@ -53,7 +53,7 @@ def beit_large() -> Config:
 
     Published: 85.2 % fine-tuned, linear probe of the best layer 73.5 %.
 
-    Differs from the paper: as `beit_base`; LayerScale starts at 1e-5, clipping at 1.
+    Differs from the paper in the same way as `beit_base`. LayerScale starts at 1e-5, and gradients are clipped at 1.
     """
     return _paper("beit_large", ViTConfig(width=1024, depth=24, heads=16, positions="absent", relative_bias=True,
                                           layer_scale=1e-5), clip=1.0)  # fmt: skip

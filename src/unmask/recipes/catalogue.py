@@ -20,9 +20,9 @@ import unmask.recipes
 from unmask.config import Config, ConfigError, keys
 from unmask.errors import nearest
 
-FEWEST_STEPS = 3_000  # for small data sets, whose epochs have few updates
+FEWEST_STEPS = 3_000  # least number of updates, also for small data sets
 MOST_ELONGATED = 2.5
-FEWEST_VISIBLE = 16  # visible patches when three quarters are hidden
+FEWEST_VISIBLE = 16  # least number of visible patches when three quarters are hidden
 AUTO = ("mae_nano", "mae_tiny", "mae_small", "mae_base")
 """The recipes that `choose` considers."""
 BOUNDS = {"exclusiveMinimum": "above", "minimum": "at least", "exclusiveMaximum": "below", "maximum": "at most"}
@@ -127,7 +127,7 @@ def _text(value: object) -> str:
 
 
 def _allowed(schema: dict[str, Any]) -> str:
-    """Describe a field's choices or bounds, from its JSON schema; "" if any value of its type is allowed."""
+    """Describe a field's choices or bounds, from its JSON schema; return "" if any value of its type is allowed."""
     if "anyOf" in schema:
         parts = [_allowed(part) for part in schema["anyOf"]]
         return ", or ".join(parts) if all(parts) else ""
@@ -224,10 +224,11 @@ def shape_for(median_size: tuple[int, int], small: int, patch: int) -> tuple[int
 
 
 def fitting_patch(most: int, shape: Callable[[int], tuple[int, int]]) -> int:
-    """Return the largest patch from `most` down to its half that divides its image size and leaves enough visible.
+    """Return the largest patch from `most` down to its half that divides its image size and leaves enough patches
+    visible.
 
-    `shape` maps a patch to an image size. If no patch leaves enough patches visible, return the smallest that divides
-    the size; if none divides it, return `most`.
+    `shape` maps a patch size to an image size. If too few patches would be visible with all patch sizes, return the
+    smallest that divides its image size, or `most` if none does.
     """
     divides = most
     for patch in range(most, most // 2 - 1, -1):

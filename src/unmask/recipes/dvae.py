@@ -17,8 +17,8 @@ def dvae_nano() -> Config:
 
     The tokenizer is usable if the perplexity in metrics.jsonl is more than a quarter of the codebook and the
     reconstructions resemble the images. Not from a paper. On CIFAR-10 after 800 steps (about four minutes on one core),
-    in the last batch: perplexity 134, mean square error of normalised pixels 0.061. A KL weight of 2e-3 gave 87 and
-    0.061; with a fifth of the learning rate in addition, 53 and 0.094.
+    in the last batch: perplexity 134, mean square error of normalised pixels 0.061. With a KL weight of 2e-3,
+    perplexity was 87 and the error 0.061; with a fifth of the learning rate in addition, 53 and 0.094.
     """
     return Config(
         recipe="dvae_nano",

@@ -87,7 +87,7 @@ def scratch_few() -> Config:
 
 
 def scratch_some() -> Config:
-    """The control of finetune_some.
+    """The control of finetune_some: random weights, no layer decay, longer warm-up, averaged weights.
 
     unmask finetune RUN DATA --from-scratch
     """
@@ -95,7 +95,7 @@ def scratch_some() -> Config:
 
 
 def scratch_nano() -> Config:
-    """The control of finetune_nano.
+    """The control of finetune_nano: random weights, no layer decay, longer warm-up, averaged weights.
 
     unmask finetune RUN DATA --from-scratch
     """

@@ -35,9 +35,9 @@ def igpt_s() -> Config:
     Published, linear probe of the best layer: ImageNet 41.9 %. Test likelihood 2.0895 nats per token.
 
     Differs from the paper: see `methods/igpt.py`; warm-up is 1 % of the steps (there one epoch of ImageNet); crops are
-    squares of 34 to 77 % of the image's area. The paper resizes the shorter side to 256 to 384 pixels and crops a
-    square of 224, which is the same share of the largest square, and shrinks it to 32. The paper searched the learning
-    rate from 0.01, 0.003, ... and did not publish the choice; 0.003 (L: 0.001) is a guess.
+    squares of 34 to 77 % of the image's area. The paper resizes the shorter side to 256 to 384 pixels, crops a square
+    of 224 (34 to 77 % of the area of a square image), and shrinks it to 32. The paper searched the learning rate from
+    0.01, 0.003, ... and did not publish the choice; 0.003 (L: 0.001) is a guess.
     """
     return _paper("igpt_s", width=512, depth=24, heads=8, base_lr=0.006)
 
@@ -49,7 +49,7 @@ def igpt_m() -> Config:
 
     Published, linear probe of the best layer: ImageNet 54.5 %. Test likelihood 2.0614 nats per token.
 
-    Differs from the paper: as `igpt_s`.
+    Differs from the paper in the same way as `igpt_s`.
     """
     return _paper("igpt_m", width=1024, depth=36, heads=8, base_lr=0.006)
 
@@ -61,7 +61,7 @@ def igpt_l() -> Config:
 
     Published, linear probe of the best layer: CIFAR-10 96.3 %, ImageNet 60.3 %. Test likelihood 2.0466 nats per token.
 
-    Differs from the paper: as `igpt_s`.
+    Differs from the paper in the same way as `igpt_s`.
     """
     return _paper("igpt_l", width=1536, depth=48, heads=16, base_lr=0.002)
 
@@ -74,7 +74,7 @@ def _nano(name: str, objective: str) -> Config:
             objective="ar" if objective == "ar" else "bert",
         ),
         data=DataConfig(size=(32, 32)),
-        optim=OptimConfig(base_lr=3e-3, weight_decay=0),  # best in a search, for both objectives
+        optim=OptimConfig(base_lr=3e-3, weight_decay=0),  # best base_lr in a search, for both objectives
         train=TrainConfig(batch_size=128, epochs=20),
     )
 

@@ -41,8 +41,8 @@ def mpp_base() -> Config:
     gains from pre-training on ImageNet.
 
     Differs from the paper: 100,000 steps instead of 1,000,000 (`--set train.steps=1000000 --set optim.warmup=0.01`);
-    MAE's crops and flips, weight decay as in the paper's supervised pre-training (0.1), no dropout; mean and standard
-    deviation from the data.
+    crops and flips are MAE's; weight decay is that of the paper's supervised pre-training (0.1); there is no dropout;
+    images are normalised with mean and standard deviation of the data.
     """
     return Config(
         recipe="mpp_base",

@@ -2,14 +2,14 @@
 
 The mean of the patch tokens, taken before the encoder's own final norm, goes through a LayerNorm and one linear layer,
 as in the official fine-tuning (`models_vit.py` with global_pool). One setting, `last_blocks`, covers everything from
-linear probing (only these two are trained) to full fine-tuning (including positions). The encoder's weights come from
-another Run, or are random for training from scratch.
+linear probing (only the LayerNorm and the linear layer are trained) to full fine-tuning (including positions). The
+encoder's weights come from another Run, or are random for training from scratch.
 
 Stochastic depth, mixup, cutmix, RandAugment and random erasing (Table 9) are settings of this task; layer-wise decay of
 the learning rate and the moving average of weights are settings of the optimiser (`optim.py`).
 
-Differs from the paper: mixing is drawn once per micro-batch (there once per GPU's batch); with `last_blocks` 0 the head
-still uses mean tokens and a LayerNorm, while the paper's linear probe uses the class token and a BatchNorm
+Differs from the paper: mixing is drawn once per micro-batch (in the paper once per GPU's batch); with `last_blocks` 0
+the head still uses mean tokens and a LayerNorm, while the paper's linear probe uses the class token and a BatchNorm
 (`linear_probe.py`).
 
 Length and data of the training are set in `finetuning/finetune_run.py`.
@@ -50,12 +50,12 @@ class Config(PartialTaskConfig):
     """Settings of the classifier.
 
     classes: names, in the order of the labels. smoothing: label smoothing, 0 to 1. last_blocks: how many of the
-    encoder's last blocks are trained with the head; None, or all of them, for the whole encoder. 0 trains only the
-    head, 0.5 also the MLP of the last block (and its norm). drop_path: stochastic depth, the probability of skipping
-    the last block (paper: 0.1 to 0.3). mixup, cutmix: alpha of the Beta distribution of the mixture, 0 to disable
-    (paper: 0.8, 1.0). rand_augment: magnitude of RandAugment, 0 to 10, None to disable (paper: 9). erasing: share of
-    the images in which a box is erased (paper: 0.25). head_std: standard deviation of the head's initial weights; None
-    for MAE's 2e-5 on pre-trained weights, or for 0.01 if only the head is trained. The recipes from scratch set 0.02.
+    encoder's last blocks are trained with the head (None: the whole encoder). 0 trains only the head, 0.5 also the MLP
+    of the last block (and its norm). drop_path: stochastic depth, the probability of skipping the last block (paper:
+    0.1 to 0.3). mixup, cutmix: alpha of the Beta distribution of the mixture, 0 to disable (paper: 0.8, 1.0).
+    rand_augment: magnitude of RandAugment, 0 to 10, None to disable (paper: 9). erasing: share of the images in which a
+    box is erased (paper: 0.25). head_std: standard deviation of the head's initial weights (None: MAE's 2e-5, or 0.01
+    if only the head is trained; recipes that train from scratch set 0.02).
     """
 
     name: Literal["classify"] = "classify"
@@ -107,8 +107,9 @@ class Classifier(Task[Tensor, None]):
     def loss(self, batch: Batch, clock: Clock) -> Loss:
         """Return the cross-entropy with soft labels; log the accuracy. Raises UserError for images without labels.
 
-        With smoothing s the target is 1 - s + s / K for the right class and s / K for every other. Mixed images have
-        the mixture of both targets, and are correct if the class of the larger part is predicted.
+        With smoothing s the target is 1 - s + s / K for the right class and s / K for every other. The target of a
+        mixed image is the mixture of both targets; a prediction is counted as correct if it is the class of the larger
+        part.
         """
         labels = batch.require_labels()
         with full_precision(batch.images.device):  # autocast would round rotations to bfloat16

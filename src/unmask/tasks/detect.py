@@ -58,7 +58,7 @@ PRIOR = 0.01  # Initial class score: nearly all cells are background.
 RADIUS = 1.5  # Greatest distance of an assigned cell from the middle of its box, in cells.
 REACH = 8.0  # Greatest distance, in cells, to the farthest side of a box.
 LARGEST = 8.0  # Greatest logarithm of a distance in cells (about 3000 cells), to keep it finite.
-LEAST_SCORE, OVERLAP, NUM_BEFORE, NUM_FOUND = 0.05, 0.6, 1000, 100  # The values of FCOS.
+LEAST_SCORE, OVERLAP, NUM_BEFORE, NUM_FOUND = 0.05, 0.6, 1000, 100  # All four values are those of FCOS.
 DRAWN_SCORE = 0.4
 COLOURS = ((1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (1, 0, 1), (0, 1, 1))
 
@@ -69,9 +69,9 @@ class Config(PartialTaskConfig):
     classes: names, in the order of the labels. width: channels of pyramid and head. convs: convolutions in each of the
     head's two branches.
 
-    last_blocks: how many of the encoder's last blocks are trained with the head; None, or all of them, for the whole
-    encoder. 0 trains only pyramid and head, 0.5 also the MLP of the last block. drop_path: stochastic depth, the
-    probability of skipping the last block (ViTDet: 0.1 for ViT-B, 0.4 for ViT-L).
+    last_blocks: how many of the encoder's last blocks are trained with the head (None: the whole encoder). 0 trains
+    only pyramid and head, 0.5 also the MLP of the last block. drop_path: stochastic depth, the probability of skipping
+    the last block (ViTDet: 0.1 for ViT-B, 0.4 for ViT-L).
     """
 
     name: Literal["detect"] = "detect"
@@ -109,7 +109,7 @@ class Truth(NamedTuple):
 
 
 class Found(NamedTuple):
-    """Detections of one image, best first. `boxes` are (x1, y1, x2, y2) in its pixels, `scores` 0 to 1."""
+    """Detections of one image, best first. `boxes` are (x1, y1, x2, y2) in pixels of the image, `scores` 0 to 1."""
 
     boxes: Float[Tensor, "k 4"]
     scores: Float[Tensor, " k"]

@@ -1,8 +1,8 @@
 """MAE's linear probe with its published protocol: He et al. 2021, Table 10, and `main_linprobe.py`.
 
 The class token, after the encoder's final norm, goes through a BatchNorm without gain and bias and one linear layer.
-Only that layer is trained, with LARS, large batches and augmented images. Cheaper probes on cached features are in
-`evals/`; this one is for comparison with published numbers.
+Only the linear layer is trained, with LARS, large batches and augmented images. Cheaper probes on cached features are
+in `evals/`; this one is for comparison with published numbers.
 
 The published settings are batch 16384, learning rate 6.4 (0.1 x batch / 256), 90 epochs, 10 of them warm-up, and no
 weight decay. BatchNorm uses the statistics of the micro-batch in training, and their running average in evaluation. An
@@ -47,7 +47,7 @@ class LinearProbe(Task[Tensor, None]):
     annotation = "classes"
     headline = (Metric("accuracy", "accuracy"),)
     title = "classification"
-    needs = ""  # it belongs to `unmask probe`
+    needs = ""  # `unmask finetune` does not offer this task
     recipe = "linear_paper"
     recipe_depends_on = "nothing"
     head_name = "the linear classifier"

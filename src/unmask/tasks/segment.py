@@ -43,23 +43,23 @@ from unmask.nn.vit import ViT
 from unmask.rng import Stream
 from unmask.task import MaskTaskConfig, PartialTaskConfig, Task
 
-COLOURS = {  # of the first classes, chosen to be as distinct as possible
+COLOURS = {  # colours of the first classes, as distinct as possible
     "red": (230, 25, 75), "green": (60, 180, 75), "yellow": (255, 225, 25), "blue": (0, 90, 220),
     "orange": (245, 130, 48), "purple": (145, 30, 180), "cyan": (70, 240, 240), "pink": (250, 150, 200),
     "lime": (190, 245, 60), "brown": (150, 95, 35), "teal": (0, 130, 130), "white": (255, 255, 255),
 }  # fmt: skip
-TURN = 0.618034  # difference of hue between two further classes (golden ratio), so that no hue repeats
+TURN = 0.618034  # difference of hue of successive classes after COLOURS: with the golden ratio no hue repeats
 
 
 class Config(PartialTaskConfig, MaskTaskConfig):
     """Settings of the segmenter.
 
     classes: names, in the order of the numbers in `Batch.maps`. ignored: ids in the mask files that are not classes,
-    stored so that other masks are read in the same way. values: the id of each class, None for all ids that are not
-    ignored. stored_pixels: whether masks belong to the stored pixels of images with an EXIF orientation. head:
-    "upernet", with `width` channels, or "linear", which has no width. last_blocks: how many of the encoder's last
-    blocks are trained with the head; None, or all of them, for the whole encoder. 0 trains only the head, 0.5 also the
-    MLP of the last block. drop_path: stochastic depth, the probability of skipping the last block. feature_blocks: the
+    stored so that other masks are read in the same way. values: the id of each class in the mask files (None: all ids
+    that are not ignored are classes). stored_pixels: whether masks belong to the stored pixels of images with an EXIF
+    orientation. head: "upernet", with `width` channels, or "linear", which has no width. last_blocks: how many of the
+    encoder's last blocks are trained with the head (None: the whole encoder). 0 trains only the head, 0.5 also the MLP
+    of the last block. drop_path: stochastic depth, the probability of skipping the last block. feature_blocks: the
     blocks that UPerNet reads: "beit" for those of BEiT's code (4, 6, 8 and 12 of 12; 8, 12, 16 and 24 of 24), used by
     the recipes, "even" for evenly spaced ones (3, 6, 9, 12), used by older runs without this setting.
     """
@@ -123,7 +123,7 @@ class Segmenter(Task[Tensor, SegmentationMasks]):
     def _scores(
         self, images: Shaped[Tensor, "B C H W"], paths: Float[Tensor, "L 2 B 1 1"] | None = None
     ) -> Float[Tensor, "B K H W"]:
-        """As `logits`, for training. paths: see `draw_paths`."""
+        """Return the scores of `logits` without its checks, for training. paths: see `draw_paths`."""
         size = (images.shape[2], images.shape[3])
         grid = grid_of(size, self.encoder.patch)
         blocks, maps = self.head.blocks(len(self.encoder.blocks)), []
