@@ -49,7 +49,7 @@ class Config(MethodConfig):
 
 
 def num_hidden(num_cells: int, ratio: float) -> int:
-    """Return how many cells are hidden: ratio x cells, rounded up. Raises UserError if all or no cells would be hidden."""
+    """Return the number of hidden cells: ratio x cells, rounded up. Raises UserError if it would be all cells or none."""
     hidden = math.ceil(num_cells * ratio - 1e-6)
     if not 0 < hidden < num_cells:
         fix = f"a ratio of at most {(num_cells - 1) / num_cells:.3g}, or " if num_cells > 1 else ""

@@ -14,10 +14,11 @@ from unmask.nn.torch_internals import in_transform
 
 
 def recomputed(function: Callable[[Tensor], Tensor], x: Tensor, made: Tensor) -> AbstractContextManager[object]:
-    """Context manager in which autograd stores x instead of `made` = function(x), which the backward pass recomputes.
+    """Return a context manager in which autograd stores x instead of `made` = function(x), which the backward pass
+    recomputes.
 
-    function: elementwise and deterministic. Memory is saved only if x is stored anyway. This does nothing in compiled
-    code, where the compiler decides what to recompute.
+    function: an elementwise, deterministic function. Memory is saved only if x is stored anyway. The context manager
+    does nothing in compiled code, where the compiler decides what to recompute.
     """
     if torch.compiler.is_compiling() or not torch.is_grad_enabled() or in_transform(x):
         return nullcontext()

@@ -17,7 +17,7 @@ except ImportError:  # pragma: no cover
 
 
 def onednn_linear() -> Any:
-    """Return oneDNN's operator x weight^T + bias, which torch.compile uses on CPUs, or None if torch does not have it."""
+    """Return oneDNN's operator x weight^T + bias, which torch.compile uses on CPUs, or None if torch lacks it."""
     return getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 
 

@@ -100,7 +100,8 @@ def mae_large() -> Config:
     Published: 85.4 % fine-tuned after 800 epochs with pixels normalised within each patch, as here (Table 1d), 84.9 %
     with plain pixels; 85.9 % after 1600 epochs.
 
-    Differs from the paper in the same way as `mae_base` (mean and std of the data, no batch dropped, warm-up as a share of the steps).
+    Differs from the paper in the same way as `mae_base` (mean and std of the data, no batch dropped, warm-up as a share
+    of the steps).
     """
     return _paper("mae_large", ViTConfig(width=1024, depth=24, heads=16))
 
@@ -113,7 +114,8 @@ def mae_huge() -> Config:
     Published: 86.9 % fine-tuned after 1600 epochs; this recipe trains for 800; use `--set train.epochs=1600` for the
     paper's length.
 
-    Differs from the paper in the same way as `mae_base` (mean and std of the data, no batch dropped, warm-up as a share of the steps).
+    Differs from the paper in the same way as `mae_base` (mean and std of the data, no batch dropped, warm-up as a share
+    of the steps).
     """
     return _paper("mae_huge", ViTConfig(width=1280, depth=32, heads=16, patch=(14, 14)))
 
