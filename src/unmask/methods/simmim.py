@@ -49,7 +49,7 @@ class Config(MethodConfig):
 
 
 def num_hidden(num_cells: int, ratio: float) -> int:
-    """Return the number of hidden cells: ratio x cells, rounded up. Raises UserError if it would be all cells or none."""
+    """Return the number of hidden cells: ratio x cells, rounded up. Raises UserError if it is 0 or all cells."""
     hidden = math.ceil(num_cells * ratio - 1e-6)
     if not 0 < hidden < num_cells:
         fix = f"a ratio of at most {(num_cells - 1) / num_cells:.3g}, or " if num_cells > 1 else ""
