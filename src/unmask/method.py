@@ -138,11 +138,15 @@ class Method(nn.Module, ABC):
     encoder: the result of the training. fixed: prefixes of the state dict whose tensors do not change after `prepare`
     (a frozen tokenizer, a palette); a run stores them once, not in every checkpoint. num_prepare: number of images that
     `prepare` uses. undecayed: names of parameters without weight decay, besides 1-D parameters, which never have weight
-    decay. head_name: name of the part beside the encoder, for messages about exports.
+    decay. head_name: name of the part beside the encoder, for messages about exports. hides_patches: whether the
+    training hides patches of the images, as model cards state. follows_images: whether recipes named *_nano, *_tiny and
+    *_small get the size and patch that suit the images; False if another network depends on the size.
     """
 
     encoder: ImageEncoder
     head_name: ClassVar[str] = ""
+    hides_patches: ClassVar[bool] = True
+    follows_images: ClassVar[bool] = True
     undecayed: ClassVar[tuple[str, ...]] = ()
     fixed: tuple[str, ...] = ()
     num_prepare: int = 0

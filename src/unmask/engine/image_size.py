@@ -12,12 +12,11 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
-from unmask.config import Config, task_names
+from unmask.config import Config, method_class, task_names
 from unmask.recipes import catalogue
 
 Size = tuple[int, int]
 FOLLOWING = ("nano", "tiny", "small")
-FIXED_METHODS = ("dvae",)
 SMALLEST, SMALL_SIDE, NANO_SIDE = 16, 48, 64  # In pixels.
 STRETCH = 1.2  # If images are resampled by a smaller factor, the report describes this as "about their own size".
 LARGER = 1.5  # Segmentation and detection enlarge the input size for images that are larger by this factor.
@@ -28,7 +27,7 @@ def follows_images(name: str) -> bool:
     if name.rpartition("_")[2] not in FOLLOWING:
         return False
     method = catalogue.find(name).method.name
-    return method not in (*FIXED_METHODS, *task_names())
+    return method not in task_names() and method_class(method).follows_images
 
 
 def candidates(name: str, median: Size) -> Iterable[list[str]]:

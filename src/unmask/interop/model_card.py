@@ -13,7 +13,7 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
-from unmask.config import Config, method_module, task_class, task_names
+from unmask.config import Config, method_class, method_module, task_class, task_names
 from unmask.engine.load import Loaded, licence_of
 from unmask.engine.training_plan import Plan
 from unmask.interop.export_target import ExportedModel, ExportTarget
@@ -31,7 +31,6 @@ from unmask.results import (
 )
 from unmask.run import PROVENANCE, Run
 
-OTHER_TASKS = ("ae", "dae", "dvae", "igpt")  # methods that hide no patches
 NOT_STATED = "not stated"
 OWN_FEATURES = (PRETRAINED, *CONTROLS)
 """Feature sets of this run; the card leaves out other runs."""
@@ -92,7 +91,7 @@ def licence(run: Run) -> str:
 
 def front_matter(config: Config, library: str, rights: str, *, classifies: bool) -> str:
     """Return the YAML front matter that model hubs read."""
-    masks = ["masked-image-modelling"] if config.method.name not in OTHER_TASKS else []
+    masks = ["masked-image-modelling"] if method_class(config.method.name).hides_patches else []
     stated = not rights.startswith(NOT_STATED)
     card = ModelCardData(
         library_name=library,

@@ -34,6 +34,7 @@ class AE(Method):
     """See the module docstring."""
 
     encoder: DenseEncoder
+    hides_patches = False
 
     def __init__(self, config: Config, images: ImageSpec) -> None:
         super().__init__()

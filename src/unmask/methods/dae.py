@@ -81,6 +81,7 @@ class DAE(Method):
     """See the module docstring. Raises UserError if the corruption does not fit the images."""
 
     encoder: DenseEncoder
+    hides_patches = False
 
     def __init__(self, config: Config, images: ImageSpec) -> None:
         super().__init__()

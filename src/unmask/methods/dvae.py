@@ -56,6 +56,8 @@ class DVAE(Method):
     """See the module docstring. Raises UserError for a patch that does not fit the image or the architecture."""
 
     encoder: ConvEncoder
+    hides_patches = False
+    follows_images = False  # BEiT resizes images so that it has as many codes as patches
 
     def __init__(self, config: Config, images: ImageSpec) -> None:
         super().__init__()

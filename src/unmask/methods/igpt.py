@@ -80,6 +80,7 @@ class IGPT(Method):
     """See the module docstring. Raises UserError if the given palette does not fit the images."""
 
     encoder: GPT
+    hides_patches = False
     fixed = ("encoder.palette",)
 
     def __init__(self, config: Config, images: ImageSpec) -> None:
