@@ -62,7 +62,7 @@ def test_agrees_with_transformers_on_copied_weights(options):
     if ours.encoder.relative_bias is not None:
         torch.nn.init.normal_(ours.encoder.relative_bias.table)
     theirs.load_state_dict(as_transformers(ours), strict=True)
-    images = batch_of().images[..., :16]  # square, because transformers cannot resize positions to another aspect ratio
+    images = batch_of().images[..., :16]  # square: transformers cannot change the aspect ratio of positions
     hidden = torch.zeros(4, 16, dtype=torch.bool)
     hidden[:, 3:13] = True
     mask = Mask(keep=(~hidden).nonzero()[:, 1].reshape(4, -1), drop=hidden.nonzero()[:, 1].reshape(4, -1))

@@ -37,11 +37,11 @@ def clock(batch: Batch, seed: int = 0) -> Clock:
     [
         (196, 0.75, 0.25, 49),
         (196, 0.75, 0.75, 147),
-        (196, 0.75, 0.15, 30),  # all but 196 x 0.60 = 117.6, rounded down
+        (196, 0.75, 0.15, 30),  # 147 hidden minus 196 x 0.60 = 117.6 rounded down
         (256, 0.75, 0.25, 64),
         (64, 0.75, 0.25, 16),
         (24, 0.75, 1e-9, 1),
-        (100, 0.9, 0.3, 30),  # 100 x (0.9 - 0.3) must not be truncated to 59
+        (100, 0.9, 0.3, 30),  # 90 hidden minus 60: 100 x (0.9 - 0.3) must not be truncated to 59
     ],
 )
 def test_predict_ratio_determines_the_number_of_predicted_patches(patches, mask_ratio, predict_ratio, asked):
@@ -60,7 +60,7 @@ def test_the_recipe_has_the_settings_of_the_paper():
     assert config.method.weighted_features
     assert config.method.target == "norm_pixels"
     assert config.method.decoder == DecoderConfig(width=512, depth=12, heads=16)
-    # scaled by predict ratio / mask ratio
+    # The learning rate is 2.4e-3, scaled by predict ratio / mask ratio.
     assert config.optim.base_lr * config.train.batch_size / 256 == pytest.approx(2.4e-3 / 3)
     assert Config(encoder=config.method.encoder).decoder.depth == 12
 

@@ -108,7 +108,7 @@ def test_corruption_does_not_depend_on_the_place_in_the_batch(corruption):
 
 
 @torch.no_grad()
-def test_copying_the_noisy_input_has_the_loss_of_the_noise():
+def test_a_copy_of_the_noisy_input_has_a_loss_equal_to_the_variance_of_the_noise():
     batch = batch_of(16)
     numbers = dae(corruption="gaussian", sigma=0.5).picture(batch, clock(batch)).numbers
     assert float(numbers["corrupted_input"]) == pytest.approx(0.25, rel=0.05)

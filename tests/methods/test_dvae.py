@@ -174,7 +174,7 @@ def test_the_picture_shows_the_likeliest_codes():
     picture = method.eval().picture(batch, clock(batch))
     shares = torch.nn.functional.one_hot(ids, 16).permute(0, 3, 1, 2).float()
     assert torch.allclose(picture.panels["from its codes"], method.encoder.images(method.decoder(shares)), atol=0.01)
-    drawn = picture.panels["codes"][:, :, 2::4, 2::4]  # one pixel of each code
+    drawn = picture.panels["codes"][:, :, 2::4, 2::4]  # the colour of one pixel of each code
     for code in ids.unique():
         assert len(drawn.movedim(1, -1)[ids == code].unique(dim=0)) == 1, "a code has one colour"
     truth = (batch.images.float() - 120 + torch.tensor([0.0, 10, 20])[:, None, None]) / 60

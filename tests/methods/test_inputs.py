@@ -98,11 +98,11 @@ def test_errors_for_other_layouts_name_the_permutation(method):
     }
     for message, value in wrong.items():
         with pytest.raises(UserError, match=message):
-            method.encoder.accept(value)  # `forward` calls this first
+            method.encoder.accept(value)  # `forward` calls accept() first
 
 
 @torch.no_grad()
-def test_other_sizes_work_or_the_error_names_one_that_does(method):
+def test_other_image_sizes_are_accepted_or_the_error_names_an_accepted_size(method):
     images = torch.nn.functional.interpolate(batch_for(method).images.float(), (24, 32))
     if method.encoder.one_size:
         with pytest.raises(UserError, match=r"got images of shape \(4, 3, 24, 32\); expected \(B, 3, 16, 16\)"):
@@ -145,9 +145,9 @@ def test_float_images_are_compared_with_the_mean_of_the_data():
         assert in_data_units(wrong, terrain(), "data") is wrong
     with pytest.raises(UserError, match="no full range"):
         in_data_units(torch.rand(2, 1, 16, 16), terrain(), "unit")
-    with pytest.raises(UserError, match="convert the values"):  # images of 0 to 255, data of 0 to 1
+    with pytest.raises(UserError, match="convert the values"):  # images have values of 0 to 255, the data 0 to 1
         in_data_units(255 * torch.rand(2, 1, 16, 16), terrain(0.5, 0.25))
-    sea_level = torch.rand(2, 1, 16, 16)  # heights with a mean near 0, where small values are typical
+    sea_level = torch.rand(2, 1, 16, 16)  # heights: mean near 0, so values below 1 are typical
     assert in_data_units(sea_level, terrain(50.0, 60.0)) is sea_level
     assert in_data_units(sea_level, terrain(0.5, 0.25)) is sea_level
 

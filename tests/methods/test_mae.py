@@ -223,7 +223,7 @@ def hugging_face(config: Config, norm_pix: bool):
             copied |= block(f"vit.layers.{i}.", f"encoder.blocks.{i}.")
         for i in range(decoder.depth):
             copied |= block(f"decoder.decoder_layers.{i}.", f"decoder.blocks.{i}.")
-        theirs.load_state_dict(copied)  # strict: rejects missing and unexpected keys
+        theirs.load_state_dict(copied)  # raises for missing and unexpected keys
 
     return theirs.eval(), copy
 

@@ -82,7 +82,7 @@ def test_heads_have_the_sizes_of_the_paper(target, outputs):
         method = MPP(config, IMAGENET)
     assert method.head.out_features == outputs
     assert method.head.in_features == 768
-    assert sum(p.numel() for p in method.encoder.parameters()) == 85_798_656  # ViT-B/16 without its classifier
+    assert sum(p.numel() for p in method.encoder.parameters()) == 85_798_656  # size of ViT-B/16 without classifier
 
 
 def test_the_recipe_has_the_settings_of_the_paper():

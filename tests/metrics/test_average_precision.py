@@ -38,7 +38,8 @@ def test_average_precision_matches_a_value_computed_by_hand():
     """Class 0 has two true boxes and three detections: a match, a false positive, and a match with an IoU of 0.6.
 
     At an IoU of 0.5 the precision is 1 up to a recall of 1/2, and 2/3 above it: 51 of 101 points are 1, and 50 are 2/3.
-    At 0.75 the last detection is no match: 51 points are 1, the others 0. Class 1 has one box, which is not detected.
+    At an IoU of 0.75 the last detection is no match: 51 points are 1, the others 0. Class 1 has one box, which is not
+    detected.
     """
     truth = [boxes((0, 0, 10, 10, 0), (50, 50, 60, 60, 0)), boxes((0, 0, 10, 10, 1))]
     found = [boxes((0, 0, 10, 10, 0, 0.9), (50, 50, 60, 56, 0, 0.5)), boxes((0, 0, 10, 10, 0, 0.7))]

@@ -44,7 +44,7 @@ def test_paired_limits_are_those_published(counts, value, low, high):
     assert paired_difference(*pair(*counts)) == pytest.approx((value, low, high), abs=8e-4)
 
 
-def test_a_paired_difference_changes_sign_when_the_two_are_exchanged():
+def test_a_paired_difference_changes_sign_when_first_and_second_are_exchanged():
     first, second = pair(20, 12, 2, 16)
     there, back = paired_difference(first, second), paired_difference(second, first)
     assert there == pytest.approx((-back.value, -back.high, -back.low))

@@ -38,7 +38,7 @@ def test_the_palette_depends_on_pixels_and_seed_alone():
     assert torch.equal(state, torch.get_rng_state())
 
 
-def test_fewer_colours_than_the_palette_have_no_error():
+def test_pixels_with_fewer_colours_than_the_palette_are_reproduced_exactly():
     pixels = torch.tensor([[1.0], [5.0], [9.0]]).repeat(20, 1)
     colours = k_means(pixels, 8)
     assert colours.shape == (8, 1)

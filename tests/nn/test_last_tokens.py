@@ -39,7 +39,7 @@ def test_predicting_all_patches_does_not_change_hidden_ones(depth, fills):
     assert (hidden.shape, everything.shape) == ((3, 15, 12), (3, 20, 12))
     assert torch.allclose(everything[:, 5:], hidden, atol=1e-12)
 
-    x = decoder.embed(seen)  # as in the official code: every block computes every token
+    x = decoder.embed(seen)  # the official decoder, in which every block computes every token
     tokens = x[:, 1:]
     if fills:
         tokens = torch.cat([tokens, decoder.mask_token.expand(3, 15, -1)], 1)

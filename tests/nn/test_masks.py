@@ -32,7 +32,7 @@ def test_block_masks_hide_as_many_patches_as_random_masks(grid, ratio):
 
 
 def test_block_masks_hide_neighbouring_patches():
-    """Neighbours of hidden patches are hidden far more often than with random masks."""
+    """With block masks, neighbours of hidden patches are hidden far more often than with random masks."""
     grid = (14, 14)
     assert neighbours(random_mask(64, grid, 0.4, draws(64)).hidden(), grid) == pytest.approx(0.4, abs=0.03)
     assert neighbours(block_mask(64, grid, 0.4, draws(64)).hidden(), grid) > 0.75

@@ -28,7 +28,7 @@ def test_nothing_is_mixed_without_alpha():
 @pytest.mark.parametrize(("mixup", "cutmix"), [(0.8, 0.0), (0.0, 1.0), (0.8, 1.0)])
 def test_targets_match_the_share_of_each_image(draws, mixup, cutmix):
     images, targets = mix(IMAGES, soft_targets(torch.arange(4), 4, 0.0), draws, mixup=mixup, cutmix=cutmix)
-    seen = images.float().mean((1, 2, 3)) / 50  # mean index of the mixed images
+    seen = images.float().mean((1, 2, 3)) / 50  # weighted mean of the indices of the mixed images
     assert seen.tolist() == pytest.approx((targets * torch.arange(4)).sum(1).tolist(), abs=1e-4)
     assert targets.sum(1).tolist() == pytest.approx([1] * 4)
 

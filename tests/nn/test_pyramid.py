@@ -36,7 +36,7 @@ def test_a_cell_of_the_pyramid_depends_on_nearby_patches_only():
     torch.manual_seed(0)
     pyramid, x = Pyramid(8, 12, (16, 16), (8, 8)), torch.randn(1, 8, 8, 8)
     other = x.clone()
-    other[:, :, 1, 6] += 1  # y 16 to 32, x 96 to 112
+    other[:, :, 1, 6] += 1  # the patch at y 16 to 32, x 96 to 112
     changes = [(b - a).abs().amax((0, 1)) > 1e-6 for a, b in zip(pyramid(x), pyramid(other), strict=True)]
     for changed, (high, wide) in zip(changes, pyramid.strides, strict=True):
         rows, cols = changed.nonzero(as_tuple=True)

@@ -69,7 +69,7 @@ def test_sincos_golden_values_on_a_wide_grid():
 
 def test_resizing_keeps_rows_and_columns_apart_and_does_nothing_for_the_same_grid():
     table = torch.zeros(1, 6, 4)
-    table[0, :, 0] = torch.arange(6) // 3  # Row number on a 2 x 3 grid.
+    table[0, :, 0] = torch.arange(6) // 3  # Row number of each patch on a 2 x 3 grid.
     table[0, :, 1] = torch.arange(6) % 3  # Column number.
     assert positions.resize(table, (2, 3), (2, 3)) is table
     bigger = positions.resize(table, (2, 3), (4, 6)).reshape(4, 6, 4)
@@ -183,7 +183,7 @@ def test_encoder_on_a_wide_grid_returns_features():
     assert torch.equal(features.map[1, :, 2, 3], features.patches[1, 2 * 6 + 3])
 
 
-def test_projection_equals_a_convolution():
+def test_patch_projection_equals_a_convolution():
     encoder, images = ViT(CONFIG, SPEC), torch.randint(0, 255, (2, 3, 32, 48), dtype=torch.uint8)
     proj = encoder.patch_embed.proj
     conv = proj(normalise(images, encoder.mean, encoder.std)).flatten(2).transpose(1, 2)
@@ -247,7 +247,7 @@ def test_initialisation_follows_the_official_code():
     assert encoder.pos_embed[:, 1:].abs().sum() > 0
 
 
-def test_depth_of_parameters_for_layer_decay():
+def test_layer_decay_assigns_a_depth_to_every_parameter():
     encoder = ViT(CONFIG, SPEC)
     depth = {name: encoder.depth_of(name) for name, _ in encoder.named_parameters()}
     assert {depth["cls_token"], depth["pos_embed"], depth["patch_embed.proj.weight"]} == {0}

@@ -66,7 +66,7 @@ def test_relative_bias_matches_values_computed_by_hand():
     assert found[2, 1] == 8, "one column to the right of the other"
 
 
-def test_relative_bias_of_some_patches_equals_that_of_all():
+def test_relative_bias_of_selected_patches_is_part_of_the_bias_of_all_patches():
     bias = RelativeBias((2, 3), heads=2)
     torch.nn.init.normal_(bias.table)
     where = torch.tensor([[4, 0, 2], [1, 3, 5]])
@@ -78,7 +78,7 @@ def test_relative_bias_of_some_patches_equals_that_of_all():
 
 
 @torch.no_grad()
-def test_running_some_patches_equals_masking_attention_to_the_others():
+def test_encoding_some_patches_equals_masking_attention_to_all_others():
     encoder = vit(relative_bias=True)
     torch.nn.init.normal_(encoder.relative_bias.table)
     patches = encoder.patches(images())

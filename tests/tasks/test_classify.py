@@ -72,7 +72,7 @@ def test_last_blocks_selects_the_trained_parameters(last_blocks):
     method = make(last_blocks)
     assert trained(method) == EXPECTED[last_blocks]
     with torch.no_grad():
-        nn.init.normal_(method.head.weight)  # with 2e-5 the encoder's gradient would round to zero
+        nn.init.normal_(method.head.weight)  # head_std=2e-5 would give the encoder a gradient that rounds to zero
     loss(method, batch()).value.backward()
     reached = {name for name, p in method.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
     assert reached == trained(method)
@@ -113,7 +113,7 @@ def test_the_loss_matches_a_value_computed_by_hand():
         encoder = method.encoder
         x = torch.cat(
             [encoder.cls_token.expand(8, -1, -1), encoder.embed(encoder.patches(of.images))], 1
-        )  # the class token's position is zero
+        )  # the position of the class token is a zero vector
         for one in encoder.blocks:
             x = one(x)
         pooled = x[:, 1:].mean(1)

@@ -10,10 +10,11 @@ bias and LayerScale are settings of the encoder. Two settings are ablations of t
 pixels instead of codes, and `mask=random` samples single patches instead of blocks.
 
 Differs from the paper and its code: masks hide the same number of patches in every image (`nn/masks.py`), while the
-code's hide at most that many; the dVAE sees the encoder's crop, shrunk bicubically (there: a second view of the crop,
-resampled by Lanczos from the file); keys have a bias, which the softmax cancels; no stochastic depth (there 0.1);
-colours are not jittered unless `data.crop.jitter` is set (there 0.4); weight decay applies to class token and learned
-positions (there it does not). No published result is known to depend on these differences.
+masks of the code hide at most that many; the dVAE sees the encoder's crop, shrunk bicubically (in the code: a second
+view of the crop, resampled by Lanczos from the file); keys have a bias, which the softmax cancels; there is no
+stochastic depth (in the code 0.1); colours are not jittered unless `data.crop.jitter` is set (in the code 0.4); weight
+decay applies to class token and learned positions (in the code it does not). No published result is known to depend on
+these differences.
 
 Letters: B images, N patches, M hidden patches, P values of a patch, D width, V codes.
 """
@@ -83,7 +84,7 @@ class BEiT(Method):
         self.target = make_target(config, images)
         self.encoder = ViT(config.encoder, images)
         self.smallest = config.smallest_block or smallest_block(self.encoder.grid)
-        # Reject a ratio that hides all patches, or none.
+        # Reject a ratio that hides all patches or no patch.
         num_kept(self.encoder.grid[0] * self.encoder.grid[1], config.mask_ratio)
         if config.mask == "block":
             require_blocks(self.encoder.grid, config.mask_ratio, self.smallest)

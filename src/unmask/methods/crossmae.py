@@ -91,7 +91,7 @@ class CrossMAE(Method):
         """Return the mean squared error on the predicted patches, in the units of the target."""
         patches = self.encoder.patches(batch.images)  # (B, N, P), normalised
         mask = random_mask(len(patches), self.encoder.grid, self.mask_ratio, clock.rng)
-        asked = mask.drop[:, -self.asked :]  # any slice of mask.drop is a random subset
+        asked = mask.drop[:, -self.asked :]  # random: the order of mask.drop is random
         guess = self.decoder(self.layers(patches, mask), asked)
         valid = valid_patches(batch, self.encoder.patch)
         truth = take(self.target(patches, batch.images, valid), asked)

@@ -34,7 +34,7 @@ from unmask.nn.vit import Pair
 from unmask.rng import Draws
 
 SHARE, SIGMA = 0.25, 0.3
-SMALLEST_WEIGHT = 1e-6  # least sum of the weights, so that the loss is 0 without valid pixels
+SMALLEST_WEIGHT = 1e-6  # least sum of weights: makes the loss 0 if no pixel is valid
 CHOOSING = ("masking", "salt_and_pepper")
 TOUCHING_ALL = ("gaussian", "gray")
 TAKING_COLOURS = ("gray", "single_channel", "drop_channel")
@@ -97,7 +97,7 @@ class DAE(Method):
         return Loss(self.distance(self.rebuild(corrupted), pixels, touched, pixel_weights(batch)))
 
     def rebuild(self, corrupted: Tensor) -> Tensor:
-        """Reconstruct corrupted pixels (B, C, H, W): pixels of the same shape, or their logits."""
+        """Reconstruct images from corrupted pixels (B, C, H, W); return pixels of the same shape, or their logits."""
         code = self.encoder.code(corrupted)
         return self.decoder(code, self.encoder) if isinstance(self.decoder, TiedDecoder) else self.decoder(code)
 
@@ -140,7 +140,8 @@ class DAE(Method):
             "loss": self.distance(guess, pixels, touched, valid),
             "data_mean_colour": self.distance(encoder.mean_colour(pixels), pixels, touched, valid),
         }
-        # With cross-entropy this baseline would be infinite: the corrupted input has probabilities of exactly 0.
+        # With cross-entropy the loss of the corrupted input would be infinite: the corrupted input has probabilities of
+        # exactly 0.
         if self.config.encoder.loss == "mse":
             numbers["corrupted_input"] = self.distance(corrupted, pixels, touched, valid)
         panels = {

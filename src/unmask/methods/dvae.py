@@ -9,9 +9,9 @@ The reconstruction error is a mean over pixels and channels and KL a mean over c
 divided by 256 x 256 x 3, so the paper's beta of 6.6 is a `kl_weight` of 6.6 / 192. Temperature and KL weight follow
 half a cosine.
 
-Differs from the paper: no moving average of the weights (there 0.999); images are cropped by the loader, as for every
-method here; schedules are shares of the training instead of numbers of steps. `arch="small"` with the mean square error
-of normalised pixels is for images of 32 to 128 pixels and not from a paper.
+Differs from the paper: the weights are not averaged (the paper: moving average, decay 0.999); images are cropped by the
+loader, as for every method here; schedules are shares of the training instead of numbers of steps. `arch="small"` with
+the mean square error of normalised pixels is for images of 32 to 128 pixels and not from a paper.
 
 Letters: B images, C channels, H x W pixels, R x S grid of codes, V codes.
 """

@@ -163,7 +163,7 @@ class IGPT(Method):
         return flags.unflatten(1, self.encoder.grid)[:, None].repeat_interleave(rows, 2).repeat_interleave(cols, 3)
 
     def complete(self, ids: Tensor, given: int, rng: Draws) -> Tensor:
-        """Sample ids (B, N) after the first `given`, each conditioned on those before it."""
+        """Sample all ids (B, N) after the first `given` ones, each conditioned on the ids before it."""
         encoder, draws = self.encoder, rng.uniform(ids.shape[1], Stream.COLOURS)
         assert encoder.sos is not None, "only objective=ar samples token by token"
         result, cache = ids.clone(), None

@@ -1,8 +1,8 @@
 """Masked autoencoder: "Masked Autoencoders Are Scalable Vision Learners", He et al. 2021.
 
 Mask most patches of an image, encode only the visible ones, and reconstruct the hidden pixels with a light decoder.
-Only the encoder is used afterwards. The model equals the official one (`models_mae.py`) in parameters, forward pass and
-loss; tests compare it with the published parameter counts and with an independent implementation.
+Only the encoder is used after pre-training. The model equals the official one (`models_mae.py`) in parameters, forward
+pass and loss; tests compare it with the published parameter counts and with an independent implementation.
 
 Differs from the official code without changing a result: only visible patches are embedded and only hidden ones
 predicted; masks come from counter-based draws that depend on the image, not on rank, worker or batch position; float
@@ -175,7 +175,7 @@ class MAE(Method):
         hidden = guess[:, mask.keep.shape[1] :]  # in mask.order the hidden patches are last
         where, scored = (mask.order, guess) if self.everywhere else (mask.drop, hidden)
         numbers = {"loss": self.target.loss(scored, take(truth, where), self.target.weights(valid, where))}
-        if not self.everywhere:  # baselines cover hidden patches only
+        if not self.everywhere:  # the baselines predict hidden patches only
             numbers |= self.target.trivial(patches, batch.images, mask, valid)
 
         panels = masked_panels(patches, mask, self.target.draw(hidden, patches, batch.images, mask, valid))

@@ -43,7 +43,7 @@ from unmask.nn.valid import shrunk_mean, valid_patches, value_weights
 from unmask.nn.vit import ViT, ViTConfig
 from unmask.rng import Draws, Stream
 
-MASKED, SWAPPED = 0.8, 0.1  # Shares of the corrupted patches; the rest are unchanged.
+MASKED, SWAPPED = 0.8, 0.1  # Shares of the corrupted patches; the other 10 % are unchanged.
 MOST_TOGETHER = 3  # Greatest number of channels in one softmax.
 
 
@@ -69,7 +69,9 @@ class Corruption(NamedTuple):
 
 
 def corrupt(batch: int, grid: tuple[int, int], ratio: float, rng: Draws) -> Corruption:
-    """Choose the same number of patches in every image, and draw how to corrupt each (80 / 10 / 10 %)."""
+    """Choose the same number of patches in every image, and draw how to corrupt each (80 % masked, 10 % swapped, 10 %
+    unchanged).
+    """
     where = random_mask(batch, grid, ratio, rng).drop
     fate, other = rng.uniform(2 * where.shape[1], Stream.REPLACE).chunk(2, 1)  # (B, M) each
     n = grid[0] * grid[1]
@@ -101,7 +103,7 @@ class MPP(Method):
                 f"got patches of {height} x {width} pixels, which cannot be shrunk to 4 x 4 whole cells; use a patch "
                 "that is a multiple of 4, or set method.target=mean_colour"
             )
-        # Reject a ratio that corrupts all patches, or none.
+        # Reject a ratio that corrupts all patches or no patch.
         num_kept(self.encoder.grid[0] * self.encoder.grid[1], config.corrupt_ratio)
         classes = self.side**2 * self.softmaxes * LEVELS ** (images.channels // self.softmaxes)
         for name, values in zip(("low", "high"), images.value_range, strict=True):

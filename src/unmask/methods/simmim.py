@@ -9,9 +9,9 @@ torch's initial weights as in the official code. The official ViT has one relati
 absolute positions, LayerScale 0.1 and a LayerNorm at the end; `simmim_base` configures the encoder in the same way.
 
 Differs from the official code: masks come from counter-based draws that depend on the image; the encoder is initialised
-like every ViT in this package (there: normal, standard deviation 0.02, scaled down with depth); keys have a bias;
-weight decay applies to the class token; no stochastic depth (there 0.1); the loss's denominator lacks a term of 1e-5;
-there are no Swin encoders.
+like every ViT in this package (in the official code: normal, standard deviation 0.02, scaled down with depth); keys
+have a bias; weight decay applies to the class token; there is no stochastic depth (official: 0.1); the denominator of
+the loss lacks a term of 1e-5; there are no Swin encoders.
 """
 
 from __future__ import annotations

@@ -27,8 +27,7 @@ class ImageBoxes(NamedTuple):
     """Boxes of one image: `boxes` (n, 4), (x1, y1, x2, y2) in pixels of the original; `labels` (n,), class numbers.
 
     `scores` (n,) is set for predictions only. `crowd` (n,) bool is set for true boxes only: True for boxes around a
-    group of objects (COCO) or marked difficult (VOC). Whether the detector finds crowd boxes or not does not change the
-    metric.
+    group of objects (COCO) or marked difficult (VOC). The metric does not depend on detections of crowd boxes.
     """
 
     boxes: np.ndarray

@@ -24,7 +24,7 @@ class Interval(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """`value` with its 95 % limits."""
+    """A value with its 95 % limits."""
 
     value: float
     low: float

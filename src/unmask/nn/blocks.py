@@ -36,7 +36,7 @@ def attend(
     """Return softmax(q k^T / sqrt(d) + bias) v. causal: no token attends to a later one; requires N = K and no bias.
 
     On CPUs the fused kernel's backward pass in bfloat16 is three to ten times slower than two plain products for the
-    few tokens that masking leaves (`benchmarks/attention.py`), so the products are computed explicitly there while the
+    few tokens that masking leaves (`benchmarks/attention.py`), so on CPUs the products are computed explicitly if the
     (N, N) scores are small enough to store.
     """
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[2] <= LONGEST_PLAIN:
@@ -52,7 +52,7 @@ def attend(
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention, scale (width / heads)^-1/2."""
+    """Multi-head self-attention; scores are scaled by (width / heads)^-1/2."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()

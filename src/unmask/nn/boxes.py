@@ -33,7 +33,7 @@ def pairwise_iou(a: Float[Tensor, "n 4"], b: Float[Tensor, "m 4"]) -> Float[Tens
 def giou(a: Float[Tensor, "*n 4"], b: Float[Tensor, "*n 4"]) -> Float[Tensor, "*n"]:
     """Generalised intersection over union of each box in `a` with its counterpart in `b` (Rezatofighi et al. 2019).
 
-    Equal boxes have the value 1. For boxes without overlap the value is negative and falls towards -1 with their
+    Equal boxes have the value 1. For boxes without overlap the value is negative and falls towards -1 with growing
     distance, so its gradient is not zero. The value does not depend on the units of the boxes, which may differ between
     x and y.
     """

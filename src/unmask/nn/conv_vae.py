@@ -38,7 +38,8 @@ SMALL_BLOCKS = 2  # residual blocks in encoder and in decoder, unless depth is s
 
 
 class ConvVAEConfig(EncoderConfig):
-    """Size of a discrete VAE. `patch`: pixels of one code, (height, width); `codes`: size of the codebook.
+    """Settings of the networks of a discrete VAE. `patch`: (height, width) in pixels of the area of one code. `codes`:
+    size of the codebook.
 
     arch "dalle": `width` is that of the first group (256 in the paper), `patch` is 8 x 8, and `depth` is fixed. arch
     "small": `width` is that of every layer, `patch` is a square with a power of two as side, `depth` is the number of

@@ -28,7 +28,7 @@ from unmask.nn.patches import take
 
 
 class CrossAttention(nn.Module):
-    """Multi-head attention from queries (width d) to other tokens (width D), scale (d / heads)^-1/2."""
+    """Multi-head attention from queries (width d) to other tokens (width D); scores are scaled by (d / heads)^-1/2."""
 
     def __init__(self, width: int, heads: int, seen_width: int) -> None:
         super().__init__()

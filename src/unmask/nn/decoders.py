@@ -1,4 +1,4 @@
-"""Decoders, which predict hidden patches from the encoder's tokens; discarded after pre-training."""
+"""Decoders, which predict hidden patches from the encoder's tokens and are discarded after pre-training."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class DecoderConfig(Settings):
 class LightDecoder(nn.Module):
     """MAE's decoder (section 3): narrow transformer over the visible tokens and one shared mask token per hidden patch.
 
-    Equivalent to the official decoder without its redundant compute: tokens are not sorted back into raster order
+    This decoder equals the official one without its redundant compute: tokens are not sorted back into raster order
     (attention does not depend on the order, each token carries its position), and the last block and the prediction
     layer compute the predicted patches only.
 

@@ -8,7 +8,7 @@ MLP_ALONE = 0.5
 
 
 def check_blocks(asked: float | None, depth: int) -> None:
-    """Raise ValueError, as validators do, unless `asked` is a valid number of last blocks of `depth` blocks."""
+    """Validate: raise ValueError unless `asked` is a valid number of last blocks of `depth` blocks."""
     if asked is not None and asked != MLP_ALONE and asked not in range(depth + 1):
         raise ValueError(
             f"got last_blocks={asked:g} for an encoder of {depth} blocks; expected 0 (the head alone), 0.5 (the MLP of "

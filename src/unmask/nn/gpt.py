@@ -36,8 +36,8 @@ Cache = list[tuple[Tensor, Tensor]]
 
 
 class GPTConfig(EncoderConfig):
-    """Size of an iGPT. `patch`: pixels that are averaged into one token, (height, width). `colours`: number of palette
-    colours.
+    """Settings of the network of an iGPT. `patch`: pixels that are averaged into one token, (height, width). `colours`:
+    number of palette colours.
 
     feature_layer: the block whose normalised input the encoder returns, 0 for the first, depth for the final output; by
     default the middle, where the paper found the best features.

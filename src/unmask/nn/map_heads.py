@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from unmask.nn.pyramid import SCALES, ChannelNorm
 
-BEIT_SHARES = (1 / 3, 1 / 2, 2 / 3, 1)  # Depths of the blocks that BEiT's head reads.
+BEIT_SHARES = (1 / 3, 1 / 2, 2 / 3, 1)  # Blocks that BEiT's head reads, as shares of the depth.
 POOLS = (1, 2, 3, 6)  # Number of cells along each side in pyramid pooling.
 CLASS_STD = 0.01
 

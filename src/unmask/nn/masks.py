@@ -71,7 +71,7 @@ def mask_from_noise(noise: Float[Tensor, "B N"], ratio: float) -> Mask:
 def random_mask(batch: int, grid: tuple[int, int], ratio: float, rng: Draws) -> Mask:
     """Sample a mask for each image, uniformly without replacement (MAE section 3)."""
     noise = rng.uniform(grid[0] * grid[1])
-    assert len(noise) == batch, "the draws belong to another batch"
+    assert len(noise) == batch, "rng must have draws for as many images as the batch has"
     return mask_from_noise(noise, ratio)
 
 
@@ -100,14 +100,15 @@ def block_mask(batch: int, grid: tuple[int, int], ratio: float, rng: Draws, smal
     Rectangles are drawn one after another: area uniform between `smallest` and the number of patches that remain to be
     hidden, aspect log-uniform in [0.3, 1/0.3], both sides shorter than the grid's, corner anywhere. A rectangle is
     accepted if it hides at least one new patch and not more than remain to be hidden; after ten rejections in a row the
-    sampler stops. BEiT then hides the target number or fewer; here random single patches are added, because batches
-    need equal numbers. All images process the same 64 proposals at once, without waiting for the host.
+    sampler stops. BEiT's code thus hides the target number of patches or fewer; this function adds random single
+    patches, because all images of a batch need the same number. Each of 64 proposals is processed for all images at
+    once, without waiting for the host.
     """
     smallest = smallest_block(grid) if smallest is None else smallest
     (rows, cols), n = grid, grid[0] * grid[1]
     target = n - num_kept(n, ratio)
     draws = rng.uniform(4 * BLOCK_PROPOSALS + n)
-    assert len(draws) == batch, "the draws belong to another batch"
+    assert len(draws) == batch, "rng must have draws for as many images as the batch has"
     proposals = draws[:, : 4 * BLOCK_PROPOSALS].reshape(batch, BLOCK_PROPOSALS, 4)
     row = torch.arange(rows, device=draws.device)[None, :, None]  # (1, rows, 1)
     col = torch.arange(cols, device=draws.device)[None, None]  # (1, 1, cols)
@@ -198,7 +199,7 @@ def read_patterns(rows: Sequence[Sequence[str]], grid: tuple[int, int]) -> Bool[
 def nearest_visible(mask: Mask, grid: tuple[int, int]) -> Int[Tensor, "B M"]:
     """Return the index of the visible patch nearest to each hidden patch (Euclidean; ties go to the lower index)."""
     one_by_one = [_nearest(keep.sort().values, drop, grid[1]) for keep, drop in zip(mask.keep, mask.drop, strict=True)]
-    return torch.stack(one_by_one)  # one image at a time: the distances of all would not fit in memory
+    return torch.stack(one_by_one)  # one image at a time: the distances of all images would not fit in memory
 
 
 def _nearest(keep: Int[Tensor, " K"], drop: Int[Tensor, " M"], cols: int) -> Int[Tensor, " M"]:

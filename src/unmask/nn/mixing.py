@@ -32,7 +32,8 @@ def mix(
     mixup: float,
     cutmix: float,
 ) -> tuple[Shaped[Tensor, "B C H W"], Float[Tensor, "B K"]]:
-    """Mix images and targets with those of the reversed batch. draws: uniform in [0, 1), for this batch.
+    """Mix images and targets with those of the reversed batch. draws: numbers drawn uniformly from [0, 1) for this
+    batch.
 
     mixup, cutmix: alpha of the Beta(alpha, alpha) distribution of each image's own share, 0 to disable; if both are
     enabled, one is chosen at random. Cutmix keeps the dtype of the images, mixup returns float32. Raises UserError for

@@ -124,8 +124,8 @@ class Pixels(Target):
         if per_patch:
             self.note = (
                 " The target is normalised within each patch; the prediction is drawn with the TRUE mean and standard "
-                "deviation of each hidden patch, which the model does not know. 'Nearest stats' uses those of the "
-                "nearest visible patch instead."
+                "deviation of each hidden patch, which the model does not know. 'Nearest stats' uses the mean and "
+                "standard deviation of the nearest visible patch instead."
             )
 
     def forward(self, patches: Tensor, images: Tensor, valid: Valid | None = None) -> Tensor:

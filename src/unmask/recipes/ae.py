@@ -32,7 +32,7 @@ def ae_hinton() -> Config:
 
     2,837,314 parameters, a code of 30 numbers. Use `--set method.encoder.code=2` for the paper's map of digits.
 
-    Differs from the paper: trained end to end with AdamW, not layer by layer.
+    Differs from the paper: the network is trained end to end with AdamW, not layer by layer.
     """
     return Config(
         recipe="ae_hinton",

@@ -39,8 +39,8 @@ def beit_base() -> Config:
     Published: 83.2 % fine-tuned on ImageNet-1K with DALL-E's tokenizer, 82.7 % after 300 epochs with a tokenizer
     trained on ImageNet-1K; linear probe of the best layer 56.7 %.
 
-    Differs from the paper: see `methods/beit.py`. The learning rate (1.5e-3 falling to 1e-5), clipping and betas are
-    the paper's.
+    Differs from the paper: see `methods/beit.py`. The learning rate (1.5e-3 falling to 1e-5), gradient clipping and
+    betas are those of the paper.
     """
     return _paper("beit_base", ViTConfig(width=768, depth=12, heads=12, positions="absent", relative_bias=True,
                                          layer_scale=0.1), clip=3.0)  # fmt: skip

@@ -61,7 +61,7 @@ def grouped() -> dict[str, list[str]]:
     files = {name: function.__module__.rpartition(".")[2] for name, function in all_recipes().items()}
     order = [*GROUPS, *sorted(set(files.values()) - set(GROUPS))]
     groups: dict[str, list[str]] = {}
-    for name in sorted(files, key=lambda name: order.index(files[name])):  # stable: keeps the order in each file
+    for name in sorted(files, key=lambda name: order.index(files[name])):  # sorted() keeps the order in each file
         groups.setdefault(GROUPS.get(files[name], files[name]), []).append(name)
     return groups
 

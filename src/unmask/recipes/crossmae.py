@@ -20,8 +20,8 @@ def crossmae_nano() -> Config:
     unmask pretrain DATA --recipe crossmae_nano [--set data.size=64 --set method.encoder.patch=8]
 
     It has the encoder and settings of mae_nano. Its decoder's 16 query tokens attend to 17 visible ones, so a step is a
-    tenth faster than with mae_nano, despite two more decoder blocks. Differs from the paper: sizes; the learning rate
-    is not scaled by predict ratio / mask ratio, because small runs have few updates.
+    tenth faster than with mae_nano, despite two more decoder blocks. Differs from the paper: images and network are
+    smaller; the learning rate is not scaled by predict ratio / mask ratio, because small runs have few updates.
     """
     return Config(
         recipe="crossmae_nano",
@@ -43,8 +43,9 @@ def crossmae_base() -> Config:
     Published, 800 epochs: 83.5 % ImageNet-1K top-1 fine-tuned at 224 pixels (MAE: 83.3 %); 83.7 % if all hidden patches
     are predicted (`--set method.predict_ratio=0.75 --set optim.base_lr=1.5e-4`).
 
-    Differs from the paper: mean and standard deviation from the data instead of ImageNet's; epochs follow one another
-    without dropping the last batch; warm-up is 5 % of the steps (40 of 800 epochs), so longer training warms up longer.
+    Differs from the paper: images are normalised with mean and standard deviation of the data instead of ImageNet's;
+    epochs follow one another without dropping the last batch; warm-up is 5 % of the steps (40 of 800 epochs), so longer
+    training warms up longer.
     """
     return Config(
         recipe="crossmae_base",

@@ -57,7 +57,7 @@ def dvae_small() -> Config:
 
 
 def dvae_dalle() -> Config:
-    """The paper's dVAE (97.6 M parameters): 256 pixels, 8192 codes, one per 8 x 8, logit-Laplace, 3 M steps of 512.
+    """The paper's dVAE (97.6 M parameters): 256 pixels, 8192 codes, one per 8 x 8 pixels, 3 M steps at batch 512.
 
     unmask pretrain DATA --recipe dvae_dalle
 
@@ -65,9 +65,9 @@ def dvae_dalle() -> Config:
     150,000 steps, KL weight 6.6 / 192 in 5,000. The Gumbel noise, one number for every code at every position, comes
     from a counter-based generator here, which is slower than the paper's.
 
-    Differs from the paper: the learning rate falls over all 3 M steps (there over 1.2 M); crops are random-resized with
-    at least 0.44 of the area (there the shorter side is resized to 9/8 to 12/8 of 256, then cropped); no moving average
-    of the weights.
+    Differs from the paper: the learning rate falls over all 3 M steps (in the paper over 1.2 M); crops are
+    random-resized with at least 0.44 of the area (in the paper the shorter side is resized to 9/8 to 12/8 of 256, then
+    cropped); the weights are not averaged.
     """
     return Config(
         recipe="dvae_dalle",

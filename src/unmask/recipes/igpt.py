@@ -28,16 +28,17 @@ def igpt_bert_nano() -> Config:
 
 
 def igpt_s() -> Config:
-    """The paper's iGPT-S (76 M parameters) at 32 x 32 tokens of 512 colours, 1 M steps of 128.
+    """The paper's iGPT-S (76 M parameters) at 32 x 32 tokens of 512 colours, 1 M steps at batch 128.
 
     unmask pretrain DATA --recipe igpt_s [--set method.objective=bert]
 
-    Published, linear probe of the best layer: ImageNet 41.9 %. Test likelihood 2.0895 nats per token.
+    Published, linear probe of the best layer: ImageNet 41.9 %; negative log-likelihood of test images: 2.0895 nats per
+    token.
 
-    Differs from the paper: see `methods/igpt.py`; warm-up is 1 % of the steps (there one epoch of ImageNet); crops are
-    squares of 34 to 77 % of the image's area. The paper resizes the shorter side to 256 to 384 pixels, crops a square
-    of 224 (34 to 77 % of the area of a square image), and shrinks it to 32. The paper searched the learning rate from
-    0.01, 0.003, ... and did not publish the choice; 0.003 (L: 0.001) is a guess.
+    Differs from the paper: see `methods/igpt.py`; warm-up is 1 % of the steps (in the paper one epoch of ImageNet);
+    crops are squares of 34 to 77 % of the image's area. The paper resizes the shorter side to 256 to 384 pixels, crops
+    a square of 224 (34 to 77 % of the area of a square image), and shrinks it to 32. The paper searched the learning
+    rate from 0.01, 0.003, ... and did not publish the choice; 0.003 (L: 0.001) is a guess.
     """
     return _paper("igpt_s", width=512, depth=24, heads=8, base_lr=0.006)
 
@@ -47,7 +48,8 @@ def igpt_m() -> Config:
 
     unmask pretrain DATA --recipe igpt_m
 
-    Published, linear probe of the best layer: ImageNet 54.5 %. Test likelihood 2.0614 nats per token.
+    Published, linear probe of the best layer: ImageNet 54.5 %; negative log-likelihood of test images: 2.0614 nats per
+    token.
 
     Differs from the paper in the same way as `igpt_s`.
     """
@@ -59,7 +61,8 @@ def igpt_l() -> Config:
 
     unmask pretrain DATA --recipe igpt_l
 
-    Published, linear probe of the best layer: CIFAR-10 96.3 %, ImageNet 60.3 %. Test likelihood 2.0466 nats per token.
+    Published, linear probe of the best layer: CIFAR-10 96.3 %, ImageNet 60.3 %; negative log-likelihood of test images:
+    2.0466 nats per token.
 
     Differs from the paper in the same way as `igpt_s`.
     """

@@ -86,8 +86,9 @@ def mae_base() -> Config:
     Published: 83.6 % fine-tuned and 68.0 % with a linear probe after 1600 epochs (paper, Table 3); 83.3 % and 65.1 %
     after 800 epochs (reproductions).
 
-    Differs from the paper: mean and standard deviation from the data instead of ImageNet's; epochs follow one another
-    without dropping the last batch; warm-up is 5 % of the steps (40 of 800 epochs), so longer training warms up longer.
+    Differs from the paper: images are normalised with mean and standard deviation of the data instead of ImageNet's;
+    epochs follow one another without dropping the last batch; warm-up is 5 % of the steps (40 of 800 epochs), so longer
+    training warms up longer.
     """
     return _paper("mae_base", ViTConfig(width=768, depth=12, heads=12))
 

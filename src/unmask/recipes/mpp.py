@@ -19,8 +19,8 @@ def mpp_nano() -> Config:
 
     It has the encoder of mae_nano with the paper's learned positions. The encoder runs on all 64 patches, so a step
     takes two and a half times as long as with mae_nano. The base learning rate of 3e-3 was better than 1e-3 after 300
-    steps on CIFAR-10 (cross-entropy 2.31 and 2.50, with fixed positions). Differs from the paper: sizes, and the
-    optimiser settings of mae_nano.
+    steps on CIFAR-10 (cross-entropy 2.31 and 2.50, with fixed positions). Differs from the paper: images and network
+    are smaller, and optimiser settings are those of mae_nano.
     """
     return Config(
         recipe="mpp_nano",

@@ -17,8 +17,8 @@ def simmim_nano() -> Config:
     It has the encoder of mae_nano, which runs on all 64 patches here, so a step takes two and a half times as long as
     with mae_nano. In each image, 10 of 16 cells of 8 x 8 pixels are hidden. The base learning rate of 3e-3 was better
     than 1e-3 after 120 steps on CIFAR-10 (loss 0.63 and 0.67); with the relative bias instead of positions the loss was
-    0.71. Differs from the paper: sizes, sine-cosine positions, and the optimiser settings of mae_nano with SimMIM's
-    clipping.
+    0.71. Differs from the paper: images and network are smaller, positions are sine-cosine, and optimiser settings are
+    those of mae_nano, with SimMIM's gradient clipping.
     """
     return Config(
         recipe="simmim_nano",
@@ -37,8 +37,9 @@ def simmim_base() -> Config:
     Published: 83.8 % ImageNet-1K top-1 fine-tuned.
 
     Differs from the paper: the learning rate follows a cosine, while the paper divides it by ten after epoch 700;
-    no stochastic depth (0.1 there); mean and standard deviation from the data instead of ImageNet's; epochs follow one
-    another without dropping the last batch; warm-up is a share of the steps (10 of 800 epochs) and starts at 0.
+    there is no stochastic depth (official: 0.1); images are normalised with mean and standard deviation of the data
+    instead of ImageNet's; epochs follow one another without dropping the last batch; warm-up is a share of the steps
+    (10 of 800 epochs) and starts at 0.
     """
     return Config(
         recipe="simmim_base",
