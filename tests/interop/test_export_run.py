@@ -988,7 +988,9 @@ def test_the_card_of_imported_weights_states_their_licence_and_origin(tmp_path, 
     assert front_matter(card)["license"] == "other"
     assert front_matter(card)["license_name"].startswith("'CC-BY-NC 4.0")
     assert "not trained here but imported: official MAE, full or visualise: ViT 2 x 32" in card
-    assert re.search(r"Not known: the weights were imported from `mae\.pth` \(SHA-256 [0-9a-f]{64}\)", card)
+    assert re.search(
+        r"The training images are not known: the weights were imported from `mae\.pth` \(SHA-256 [0-9a-f]{64}\)", card
+    )
     assert "## Training\n\nThe weights were not trained with unmask." in card
     assert "CC-BY-NC 4.0 (facebookresearch/mae): not for commercial use." in card
     assert "Nothing was measured." in card

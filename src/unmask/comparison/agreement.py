@@ -1,4 +1,4 @@
-"""Compare the ranking of the cells of a table with the paper's, and find the differences within the noise."""
+"""Compare the order of the cells of a table by accuracy with their order in the paper."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from unmask.metrics.intervals import Difference, t_interval, wilson
 from unmask.results import FeatureScore
 
 SEEDS, TEST_IMAGES = "seeds", "test images"
-MEASURES = {"linear": "linear probe", "fine_tuned": "fine-tuned"}  # the accuracies that cells can be compared by
+MEASURES = {
+    "linear": "linear probe",
+    "fine_tuned": "fine-tuned",
+}  # accuracies by which cells are compared
 MOST_PAIRS = 8
 
 
@@ -48,7 +51,10 @@ class CellScore:
 
 
 def cell_score(runs: Sequence[RunAccuracy | None]) -> CellScore | None:
-    """Average the accuracy over seeds, or return None if no run is measured. runs: one per seed, or None."""
+    """Average the accuracy of a cell over its measured seeds, or return None if no seed is measured.
+
+    runs: the accuracy of the run with every seed, None before it is measured.
+    """
     known = {str(seed): run for seed, run in enumerate(runs) if run is not None}
     if not known:
         return None
@@ -73,11 +79,12 @@ def single_run(score: FeatureScore) -> CellScore:
 
 
 def difference(one: CellScore, other: CellScore) -> Difference:
-    """Return the first score minus the other, with its 95% interval.
+    """Return the difference of two scores (the first minus the second) with its 95% interval.
 
-    With two or more common seeds, the interval is a t-interval of the differences per seed. With one, it is Newcombe's
-    interval (1998, method 10) for proportions on two independent sets of test images, because the results do not store
-    which images were classified correctly; on the same images the true interval is a little narrower.
+    If both cells were trained with the same two or more seeds, the interval is a t-interval of the differences per
+    seed. Otherwise it is Newcombe's interval (1998, method 10) for proportions on two independent sets of test images,
+    because the results do not store which images were classified correctly. Because both cells are tested on the same
+    images, the true interval is a little narrower.
     """
     common = sorted(set(one.by_seed) & set(other.by_seed))
     if len(common) > 1:
@@ -90,7 +97,7 @@ def difference(one: CellScore, other: CellScore) -> Difference:
 
 
 def _test_interval(score: CellScore) -> tuple[float, float]:
-    """Return the Wilson interval of a single run from its count of correct images; otherwise the stored interval."""
+    """Return the Wilson interval for a single run with a stored count of correct images, else the stored interval."""
     if score.interval == TEST_IMAGES and score.correct is not None and score.total:
         return wilson(score.correct, score.total)
     return score.low, score.high
@@ -98,7 +105,7 @@ def _test_interval(score: CellScore) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class ComparedCell:
-    """A cell with its accuracy here (None before it is measured) and in the paper (percent, or None if unpublished)."""
+    """A cell, its measured accuracy (or None) and its published accuracy (percent, or None if unpublished)."""
 
     label: str
     score: CellScore | None
@@ -107,11 +114,12 @@ class ComparedCell:
 
 @dataclass(frozen=True, kw_only=True)
 class Agreement:
-    """The number of pairs of cells that are ranked as in the paper.
+    """How many pairs of cells are ranked as in the paper.
 
-    pairs, agree: all pairs, and the number of them in the paper's order. clear, clear_agree: the same for pairs whose
-    difference is larger than the noise. within_noise: pairs whose difference is within the noise, as 'A over B' in the
-    paper's order. against: clear pairs in the opposite order, also written in the paper's order.
+    pairs: number of pairs. agree: number of pairs in the paper's order. clear: number of pairs whose difference is
+    larger than the noise. clear_agree: number of clear pairs in the paper's order. within_noise: pairs whose difference
+    is within the noise, as 'A over B' in the paper's order. against: clear pairs in the opposite order, also written in
+    the paper's order. sentence: these counts and pairs in words.
     """
 
     pairs: int = 0
@@ -124,7 +132,7 @@ class Agreement:
 
 
 def agreement(cells: Sequence[ComparedCell], measure: str) -> Agreement:
-    """Compare the order of every pair of cells with the paper's. measure: a key of MEASURES."""
+    """Compare the order of every pair of cells with the paper's. measure: key of the accuracy in MEASURES."""
     known = [
         (cell.label, cell.score, cell.paper) for cell in cells if cell.score is not None and cell.paper is not None
     ]
@@ -150,7 +158,7 @@ def agreement(cells: Sequence[ComparedCell], measure: str) -> Agreement:
 
 
 def no_agreement() -> Agreement:
-    """Return an empty agreement for a table whose published numbers belong to models of different sizes."""
+    """Return an agreement without counts, for a table whose published numbers belong to models of different sizes."""
     return Agreement(
         sentence="The published numbers belong to models of very different sizes, so the order is not compared."
     )
@@ -162,7 +170,10 @@ def _sentence(counts: Agreement, measured: str) -> str:
     text = f"{counts.agree} of {counts.pairs} pairs of cells are in the paper's order ({measured}). "
     if not counts.clear:
         return text + "But every difference is within the noise, so this table does not rank the cells."
-    text += f"Among the {counts.clear} pairs whose difference is larger than the noise, {counts.clear_agree} are. "
+    text += (
+        f"Of the {counts.clear} pairs whose difference is larger than the noise, {counts.clear_agree} are in the "
+        "paper's order. "
+    )
     if counts.against:
         text += f"Clearly in the opposite order (the paper ranks {_listed(counts.against)}). "
     if counts.within_noise:

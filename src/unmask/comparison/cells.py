@@ -20,7 +20,11 @@ LENGTHS = ("train.steps", "train.epochs")
 
 
 def choose_recipe(table: Table, recipe: str | None, from_run: str | Path | None = None) -> str:
-    """Return the base recipe. Raises ConfigError for a recipe or run that cannot be used for this table."""
+    """Return the name of the recipe that the cells of a table vary.
+
+    recipe: value of --recipe, or None. from_run: value of --from, or None. Raises ConfigError for a recipe or run that
+    cannot be used for this table.
+    """
     if from_run is not None:
         if table.measure != "fine_tuned":
             raise ConfigError(
@@ -47,7 +51,7 @@ def choose_recipe(table: Table, recipe: str | None, from_run: str | Path | None 
 
 
 def refuse_settings(table: Table, request: TableRequest) -> None:
-    """Raise ConfigError for settings that the table or an option overrides, because they would be ignored."""
+    """Raise ConfigError for settings that would be ignored, because the table or an option determines them."""
     keys = parse(request.settings)
     if request.seeds < 1:
         raise ConfigError(f"got --seeds {request.seeds}; expected at least 1")
@@ -61,15 +65,15 @@ def refuse_settings(table: Table, request: TableRequest) -> None:
     resolve.reject_conflicts(keys, request.budget)
     if request.from_run is not None and (learnt := [key for key in keys if not key.startswith(("data.", "train."))]):
         raise ConfigError(
-            f"{learnt[0]} was set, but the run of --from is trained already, and a fine-tuned cell takes only settings "
-            "of data and train; leave it out"
+            f"{learnt[0]} was set, but the run of --from is trained already, so only settings of data and train can be "
+            "set; leave it out"
         )
     for cell in all_cells(table, request):
         draft_config(table, cell, request)
 
 
 def all_cells(table: Table, request: TableRequest) -> tuple[Cell, ...]:
-    """Return the cells that this version can train, preceded by the shared runs that they need."""
+    """Return the shared runs that the table needs, and its cells that this version of unmask can train."""
     known = catalogue.all_recipes()
     cells = tuple(
         cell for cell in table.cells(base_config(table, request)) if cell.recipe is None or cell.recipe in known
@@ -77,14 +81,14 @@ def all_cells(table: Table, request: TableRequest) -> tuple[Cell, ...]:
     if request.tokenizer is None and any(cell.tokenizer for cell in cells):
         return Cell(TOKENIZER, "the tokenizer (dVAE)", recipe=tokenizer_recipe(table, request)[0]), *cells
     if request.tokenizer is not None and not any(cell.tokenizer for cell in cells):
-        raise ConfigError(f"--tokenizer was given, but no cell of table {table.name} needs one; leave it out")
+        raise ConfigError(f"--tokenizer was given, but no cell of table {table.name} needs a tokenizer; leave it out")
     if table.measure == "fine_tuned" and request.from_run is None:
         return Cell(PRETRAINED, "the pre-training (MAE)"), *cells
     return cells
 
 
 def base_config(table: Table, request: TableRequest) -> Config:
-    """Return the configuration that the cells vary: that of the recipe, or of the run that they are fine-tuned from."""
+    """Return the configuration that the cells vary: that of the recipe, or of the run that they fine-tune."""
     if table.measure != "fine_tuned":
         return catalogue.find(request.base_recipe)
     if request.from_run is None:
@@ -97,7 +101,7 @@ def base_config(table: Table, request: TableRequest) -> Config:
 
 
 def tokenizer_recipe(table: Table, request: TableRequest) -> tuple[str, str]:
-    """Return the recipe of the dVAE that is trained first, and the `data.size=...` that gives one code per patch."""
+    """Return the recipe of the dVAE that is trained first, and its `data.size=...` for one code per MAE patch."""
     settings = [text for text in request.settings if table.name != "family" or not text.strip().startswith("method.")]
     config: Any = resolve.resolve_config(catalogue.find(request.base_recipe), [*table.base, *settings])
     patch, size = config.method.encoder.patch, config.data.size
@@ -108,7 +112,7 @@ def tokenizer_recipe(table: Table, request: TableRequest) -> tuple[str, str]:
 
 
 def fine_tunes(table: Table, cell: Cell) -> bool:
-    """Whether the cell is fine-tuned from another run."""
+    """Return whether the cell is fine-tuned from another run."""
     return table.measure == "fine_tuned" and cell.name != PRETRAINED
 
 
@@ -118,10 +122,10 @@ def recipe_of(table: Table, cell: Cell, request: TableRequest) -> str:
 
 
 def cell_settings(table: Table, cell: Cell, request: TableRequest) -> list[str]:
-    """Return the settings of a cell except length and seed: the table's, then the user's, then the cell's own.
+    """Return the settings of a cell except length and seed: those of the table, of the user, and of the cell.
 
-    The dVAE is not compared: it gets only the user's settings that do not concern the method. A fine-tuned cell
-    inherits all other settings from its pre-trained run.
+    Later settings replace earlier ones. The dVAE gets only those of the user's settings that do not concern method and
+    image size. A fine-tuned cell inherits all other settings from its pre-trained run.
     """
     if fine_tunes(table, cell):
         return [*(request.settings if request.from_run is not None else ()), *cell.settings]
@@ -133,7 +137,7 @@ def cell_settings(table: Table, cell: Cell, request: TableRequest) -> list[str]:
 
 
 def draft_settings(table: Table, cell: Cell, request: TableRequest) -> list[str]:
-    """Return `cell_settings` before the tokenizer is trained: with its size and a placeholder for its weights."""
+    """Return the settings of a cell before its tokenizer is trained, with a placeholder for the tokenizer's weights."""
     settings, recipe = cell_settings(table, cell, request), recipe_of(table, cell, request)
     if not cell.tokenizer:
         return settings

@@ -1,8 +1,8 @@
 """`unmask compare`: compare several runs on one page and in one JSON file.
 
-Shows the settings and cost of each run, and the probes that all runs have in common: same images, split, kind, labels
-per class and seed. Other measurements are listed, not compared. Only reads the run folders, unless `data` is given:
-then the runs that lack this probe are measured.
+The page shows the settings and cost of each run, and the results of probes that all runs have: same images, split, kind
+of probe, labels per class and seed. Probes that only some of the runs have are listed, but not compared. If `data` is
+given, runs without the requested probe are probed; otherwise run folders are only read.
 """
 
 from __future__ import annotations
@@ -38,7 +38,10 @@ LOSSES = (
 
 @dataclass(frozen=True)
 class Comparison:
-    """The content of the page and the JSON file. not_comparable: one sentence per difference between the runs."""
+    """The content of the comparison page and its JSON file.
+
+    not_comparable: sentences about probes that only some runs have, differences between the runs, and damaged results.
+    """
 
     runs: tuple[RunFacts, ...]
     probes: tuple[SharedProbe, ...]
@@ -51,7 +54,7 @@ class Comparison:
 
 
 def is_measured(wanted: ProbeWanted, probes: Sequence[ProbeResult], data: str, step: int | None) -> bool:
-    """Whether one of these results is the wanted probe of the checkpoint at `step`."""
+    """Return whether one of these results is the wanted probe, measured on the checkpoint of this step."""
     test, task = TestIdentity(held_out=HELD_OUT, seed=0), CLASSES
     if wanted.is_label_free:
         test, task = TestIdentity(images=ImageSet(name=data)), UNLABELLED
@@ -75,7 +78,7 @@ def compare(
 ) -> Comparison:
     """Compare runs, and write the page to `out` and a JSON file beside it.
 
-    wanted: runs without this probe are probed now. Raises UserError for fewer than two runs, a run given twice, a
+    wanted: a probe; runs that lack it are probed first. Raises UserError for fewer than two runs, a run given twice, a
     folder that is not a run, or an `out` that cannot be written.
     """
     console, wanted, out = console or Console(), wanted or ProbeWanted(), Path(out)
@@ -97,7 +100,7 @@ def compare(
 
 
 def compare_folders(runs: Mapping[str, Run]) -> Comparison:
-    """Compare runs from the content of their folders. runs: by their name on the page."""
+    """Compare runs from the content of their folders. runs: the runs by their names on the page."""
     results = {name: read_results(run) for name, run in runs.items()}
     probes = {name: latest_probes(each) for name, each in results.items()}
     facts = tuple(run_facts(name, run) for name, run in runs.items())
@@ -129,7 +132,7 @@ def require_page(out: Path) -> None:
 
 
 def open_runs(runs: Sequence[str | Path]) -> dict[str, Run]:
-    """Open the runs; the keys are the folder names, or whole paths for folders of the same name."""
+    """Open the runs; the keys are their folder names, or whole paths if folder names are the same."""
     if len(runs) < 2:
         raise UserError(f"got {len(runs)} run; expected at least two: unmask compare RUN RUN ...")
     opened = [Run.open(run) for run in runs]

@@ -1,10 +1,10 @@
-"""The tables of the paper as data: the name of each cell, its settings over a base recipe, and the paper's numbers.
+"""The tables of the MAE paper: for every cell its name, its settings over a base recipe, and the published accuracy.
 
 He et al. 2021, "Masked Autoencoders Are Scalable Vision Learners": Table 1 a-f, Figures 5, 7 and 9. The paper trains a
 ViT-L for 800 epochs on ImageNet-1K (decoder 8 x 512, plain pixels, random-resized crops, 75 % hidden at random) unless
-a cell varies one of these. `paper` contains ImageNet top-1 in percent, fine-tuned and linear probe. The paper's base
-row predicts plain pixels instead of normalised ones, and so does the base of every table here. `family` is not a table
-of the paper; the published linear probes shown beside it are of models of very different sizes.
+a cell varies one of these. The field `paper` of a cell has the ImageNet top-1 accuracy in percent, after fine-tuning
+and with a linear probe. As in the paper, the base row of every table predicts plain pixels, not normalised ones. The
+table `family` is not in the paper; the published linear probes beside it belong to models of very different sizes.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SHARED = (TOKENIZER, PRETRAINED)  # runs that other cells start from; they are n
 
 @dataclass(frozen=True)
 class Paper:
-    """Published top-1 accuracy on ImageNet-1K in percent, or None."""
+    """Published top-1 accuracy on ImageNet-1K in percent, None if unpublished."""
 
     fine_tuned: float | None
     linear: float | None
@@ -36,13 +36,14 @@ UNPUBLISHED = Paper(None, None)
 
 @dataclass(frozen=True)
 class Cell:
-    """One row of a table: `settings` over the base, and the paper's accuracy.
+    """One row of a table.
 
-    name: folder name. label: shown on the page. theirs: the paper's label if its value differs from ours. at: position
-    on the axis of the picture, None for a category. length: training length relative to the table's steps. base: the
-    row that the others are compared with, and that is probed with controls. recipe: replaces the table's recipe.
-    tokenizer: the cell trains with the dVAE of the cell TOKENIZER. equal: "steps" or "compute", what the cell has in
-    common with the base row.
+    name: name of the folder. label: label on the page. settings: settings over the base recipe. paper: published
+    accuracy. theirs: label of the cell in the paper, or "". at: position on the axis of the picture, or None for a
+    category. length: training length relative to the table's steps. base: whether this is the base row, with which the
+    others are compared and which is probed with controls. recipe: recipe to use instead of the table's. tokenizer:
+    whether the cell trains with the dVAE of the cell TOKENIZER. equal: what the cell has in common with the base row,
+    "steps" or "compute".
     """
 
     name: str
@@ -62,10 +63,10 @@ class Cell:
 class Table:
     """A table of the paper.
 
-    axis: what the cells vary, in words. varies: the settings that the cells vary and a user cannot set. cells: builds
-    the cells from the base configuration, because some settings are fractions of it. base: settings of every cell. log:
-    whether the axis of the picture is logarithmic. measure: the accuracy that cells are compared by; with "fine_tuned"
-    the cells are classifiers, all fine-tuned from the run PRETRAINED.
+    axis: what the cells vary, in words. varies: keys of the settings that the cells vary and a user cannot set. cells:
+    function that returns the cells for a base configuration, of which some settings are fractions. base: settings that
+    all cells have. log: whether the axis of the picture is logarithmic. measure: the accuracy by which cells are
+    compared. If it is "fine_tuned", all cells are classifiers that are fine-tuned from the run PRETRAINED.
     """
 
     name: str
@@ -95,7 +96,7 @@ def _depths(base: Config) -> tuple[Cell, ...]:
 
 
 def _widths(base: Config) -> tuple[Cell, ...]:
-    """Convert the paper's widths of 128 to 1024, relative to the encoder's 1024, to the recipe's encoder."""
+    """Vary the decoder width: the shares 128/1024 to 1024/1024 of the encoder's width, as in the paper."""
     published = {128: (84.9, 69.1), 256: (84.8, 71.3), 512: (84.9, 73.5), 768: (84.4, 73.1), 1024: (84.3, 73.1)}
     settings: Any = base.method
     full, one_head = settings.encoder.width, settings.decoder.width / settings.decoder.heads
@@ -183,11 +184,14 @@ def _lengths(base: Config) -> tuple[Cell, ...]:
 
 PARTIAL = {0: 73.5, 0.5: 79.1, 1: 81.0, 2: 83.1, 4: 84.2, 6: 84.4, 12: 84.6, 18: 84.7, 24: 84.9}
 PARTIAL_DEPTH = 24
-FINE_TUNING_LENGTH = 1 / 8  # default relative to pre-training: 100 of the paper's 800 epochs
+FINE_TUNING_LENGTH = 1 / 8  # default length of fine-tuning relative to pre-training; in the paper, 100 and 800 epochs
 
 
 def _last_blocks(base: Config) -> tuple[Cell, ...]:
-    """Vary the number of tuned blocks: 0, 1/2 (the last MLP), 1, 2, 4, ... all; with 24 blocks, the paper's numbers."""
+    """Vary the number of fine-tuned blocks: 0, 1/2 (the last MLP), 1, 2, 4, ..., all.
+
+    For an encoder of 24 blocks, the numbers are those of the paper.
+    """
     settings: Any = base.method
     depth = settings.encoder.depth
     whole = [1 << n for n in range(depth.bit_length()) if 1 << n < depth] + [depth]
@@ -208,7 +212,10 @@ def _last_blocks(base: Config) -> tuple[Cell, ...]:
 
 
 def like_paper(blocks: float, depth: int) -> float:
-    """Return the paper's number of blocks (of 24) whose share is nearest to blocks / depth; keep 0 and 1/2."""
+    """Return the number of tuned blocks in the paper that is compared with `blocks` of `depth`.
+
+    It is the number n for which n / 24 is nearest to blocks / depth; 0 and 1/2 are unchanged.
+    """
     if blocks < 1:
         return blocks
     return min((n for n in PARTIAL if n >= 1), key=lambda n: abs(n / PARTIAL_DEPTH - blocks / depth))
@@ -233,7 +240,7 @@ PUBLISHED = {"igpt": Paper(None, 69.0), "beit": Paper(85.2, 52.1), "mae": Paper(
 
 
 def _family(base: Config) -> tuple[Cell, ...]:
-    """Train every method except MAE twice: with as many steps as MAE, and with as many FLOPs."""
+    """Return two cells for every method except MAE: with as many steps as MAE, and with as many FLOPs as MAE."""
     by_steps = [
         Cell(
             f"{name}-equal-steps", IN_WORDS[name], (), PUBLISHED.get(name, UNPUBLISHED), base=name == "mae",
@@ -254,7 +261,7 @@ TABLES = {
     for table in (
         Table(
             "1a", "Table 1a: decoder depth", "decoder blocks", ("method.decoder.depth",), _depths, log=True,
-            note="The decoder depths are the paper's, although its encoder has 24 blocks.",
+            note="The decoder depths are those of the paper, although the encoder in the paper has 24 blocks.",
         ),
         Table(
             "1b", "Table 1b: decoder width", "decoder width as a share of the encoder's",
@@ -264,8 +271,8 @@ TABLES = {
         ),
         Table(
             "1c", "Table 1c: mask tokens in the encoder", "encoder", ("method.mask_tokens",), _mask_tokens,
-            note="The paper counts 3.3 times the FLOPs with mask tokens in the encoder (ViT-L, decoder 8 x 512), and "
-            "measures 2.8 times the hours (Table 2).",
+            note="With mask tokens in the encoder, training takes 3.3 times the FLOPs (ViT-L, decoder 8 x 512) and 2.8 "
+            "times the hours (Table 2) in the paper.",
         ),
         Table(
             "1d", "Table 1d: reconstruction target", "target", ("method.target",), _targets, base=(),
@@ -285,17 +292,17 @@ TABLES = {
         Table("fig5", "Figure 5: masking ratio", "hidden patches, %", ("method.mask_ratio",), _ratios),
         Table(
             "fig7", "Figure 7: training length", "training length", ("train.steps",), _lengths, log=True,
-            note="1x is 100 epochs in the paper and the shortest run here. Without a budget, 8x (800 epochs in the "
-            "paper) has the length of the recipe; a length given with --set applies to 1x. Every run has a complete "
-            "schedule of its own, with the same share of warm-up.",
+            note="1x is 100 epochs in the paper, and the length of the shortest run here. Without a "
+            "budget, 8x (800 epochs in the paper) has the length of the recipe; a length given with --set applies to "
+            "1x. Every run has a complete schedule of its own, with the same share of warm-up.",
         ),
         Table(
             "fig9", "Figure 9: partial fine-tuning", "fine-tuned blocks", ("method.last_blocks",), _last_blocks,
             measure="fine_tuned",
             note="Each number of blocks is compared with the paper's number that is nearest as a share of the depth "
-            "(24 blocks in the paper). The paper's results for MoCo v3: 77.6 with 0 blocks; 79.9, 80.8, 81.6, 81.9, "
-            "83.2, 83.8 and 84.1 with 1, 2, 4, 6, 12, 18 and 24: better than MAE when frozen, worse as soon as one "
-            "block is tuned. The paper's result for 0 is its linear probe (LARS, BatchNorm); here every cell has the "
+            "(24 blocks in the paper). In the paper, MoCo v3 reaches 77.6 with 0 tuned blocks, and 79.9, 80.8, 81.6, "
+            "81.9, 83.2, 83.8 and 84.1 with 1, 2, 4, 6, 12, 18 and 24 tuned blocks: more than MAE with 0 blocks, less "
+            "with 1 or more. The paper's result for 0 is its linear probe (LARS, BatchNorm); here every cell has the "
             "same head, optimiser and steps, while the paper uses the best of 50, 100 and 200 epochs. Mixup, cutmix, "
             "random augmentation, drop path and layer-wise decay are not used here.",
         ),

@@ -1,4 +1,4 @@
-"""The options of the probe that all compared runs should have. Does not import torch."""
+"""The options of the probe that all compared runs should have; torch is not imported."""
 
 from dataclasses import KW_ONLY, dataclass
 from typing import Annotated
@@ -11,7 +11,7 @@ from unmask.shared_options import Device, TestData
 
 @dataclass(frozen=True)
 class ProbeWanted(Options):
-    """The probe that every run should have, of its newest checkpoint, without controls, with seed 0.
+    """The probe that every compared run should have, of its newest checkpoint, without controls and with seed 0.
 
     data: labelled images, or None to compare only existing measurements.
     """
@@ -29,11 +29,11 @@ class ProbeWanted(Options):
 
     @property
     def is_label_free(self) -> bool:
-        """Whether this kind of probe uses no labels. Raises UserError for an unknown kind."""
+        """Whether this kind of probe uses no labels, such as rankme. Raises UserError for an unknown kind."""
         return isinstance(find_kind(self.kind), LabelFreeMeasure)
 
     def check(self) -> None:
-        """Raise UserError for options that would be ignored."""
+        """Raise UserError for probe options that would be ignored."""
         labels = self.test is not None or self.shots is not None
         if self.data is None and labels:
             raise UserError("got --test or --shots without --data, so there is nothing to probe; add --data")

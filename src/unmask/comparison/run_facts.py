@@ -22,12 +22,12 @@ from unmask.recipes.catalogue import all_recipes
 from unmask.report.training_log import last_loss, trained_rows, training_seconds
 from unmask.run import PROVENANCE, Run
 
-SAME_WITHIN = 0.01  # numbers with a smaller relative difference count as equal
+SAME_WITHIN = 0.01  # largest relative difference between numbers that count as equal
 
 
 @dataclass(frozen=True)
 class ImageFlops:
-    """FLOPs of one image, by part; see `engine.flops.Flops`. An encoder without a task has only `whole`."""
+    """FLOPs of one image, for every part of a method (see `engine.flops.Flops`); a bare encoder has only `whole`."""
 
     whole: int
     encoder: int | None = None
@@ -41,8 +41,9 @@ class ImageFlops:
 class RunFacts:
     """The settings and cost of a run.
 
-    source: the images as given on the command line. place: the same as absolute paths without links. differs: settings
-    that differ from the recipe, as KEY=VALUE. image: (C, H, W). state: as in `unmask ls`. seconds: training time.
+    source: path of the training images as given on the command line. place: the same paths, absolute and without links.
+    differs: settings that differ from the recipe, as KEY=VALUE. image: shape (C, H, W) of an image. state: state that
+    `unmask ls` shows. seconds: training time.
     """
 
     name: str
@@ -100,14 +101,17 @@ def run_facts(name: str, run: Run) -> RunFacts:
 
 
 def absolute_places(source: str | Sequence[str]) -> tuple[str, ...]:
-    """Resolve the paths of a source, so that '/a/b/../c' and a link to /a/c are both /a/c."""
+    """Resolve the paths of a data source, so that different spellings of a path, and links, are recognised as equal."""
     each = [source] if isinstance(source, str) else list(source)
     return tuple(os.path.realpath(text) if os.path.isabs(text) else text for text in each)
 
 
 @dataclass(frozen=True)
 class _Quantity:
-    """A quantity that should be equal when methods are compared: one value and one text per run."""
+    """A quantity that should be the same for all runs when methods are compared.
+
+    values: one value per run. texts: the same values as text.
+    """
 
     name: str
     values: Sequence[Any]
@@ -116,7 +120,7 @@ class _Quantity:
 
 
 def differences(runs: Sequence[RunFacts]) -> dict[str, str]:
-    """Return one sentence per quantity that differs between the runs, by the quantity's name."""
+    """Return, for every quantity that differs between the runs, its name and a sentence with its values."""
     sentences = {}
     for quantity in _quantities(runs):
         if _differ(quantity.values):
@@ -151,7 +155,7 @@ def _differ(values: Sequence[Any]) -> bool:
 
 
 def caveat(differing: Mapping[str, str]) -> str:
-    """Return the caveat that ends the sentence of a ranking, or "" if the runs do not differ."""
+    """Return a text, appended to rankings, about quantities in which the runs differ; "" if they do not differ."""
     return f"; not a pure comparison of methods: the runs also differ in {', '.join(differing)}" if differing else ""
 
 
@@ -167,7 +171,7 @@ def image_flops(config: Config, images: ImageSpec) -> ImageFlops:
 
 
 def _changed_settings(config: Config) -> list[str]:
-    """Return the settings that differ from the recipe, as KEY=VALUE; [] for a recipe unknown to this version."""
+    """Return the settings that differ from the recipe, as KEY=VALUE; [] if this version does not have the recipe."""
     if config.recipe not in (known := all_recipes()):
         return []
     base, changed = known[config.recipe](), []

@@ -1,11 +1,12 @@
-"""`unmask ablate`: train and probe every cell of a table of the paper, and show the results beside the paper's.
+"""`unmask ablate`: train and probe the cells of a table of the MAE paper, and show the results beside the paper's.
 
 The folder of a table contains `ablation.json` (the request and the steps of every cell, decided once), one run per cell
 and seed, and `table.json` and `table.html`, which are rewritten after every cell. Repeating the command therefore
 continues the table: finished cells are skipped, an interrupted run is resumed exactly, and missing probes are measured.
-Seeds are the outer loop: every cell has one run before the second seed begins.
+All cells are trained with the first seed before any cell is trained with the second.
 
-The cells of fig9 are classifiers, all fine-tuned from one pre-trained run, which is given or trained first.
+The cells of fig9 are classifiers that are fine-tuned from the same pre-trained run, which the user gives or the table
+trains first.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ from unmask.system.shell_command import shell_command
 def ablate(request: TableRequest, *, out: str | Path | None = None, console: Console | None = None) -> dict[str, Any]:
     """Train a table in the folder `out`, or continue it, and return the content of `table.json`.
 
-    Its "state" is "finished", "stopped" (repeat the command to continue), or "failed" if a cell could not be trained.
-    Raises UserError before any training when the request is invalid.
+    The value of its key "state" is "finished", "stopped" (repeat the command to continue), or "failed" if a cell could
+    not be trained. Raises UserError, before any training, if the request is invalid.
     """
     console = console or Console()
     table = find_table(request.table)
@@ -60,7 +61,7 @@ def ablate(request: TableRequest, *, out: str | Path | None = None, console: Con
 
 
 def make_cells(folder: Path, plan: TablePlan, console: Console) -> None:
-    """Train and measure every cell, seed by seed; rewrite the table after each run and report rows that change."""
+    """Train and measure every cell, seed by seed; after each run, rewrite the table and print its row if it changed."""
     before = {row.cell.name: row.sentence for row in write_table(folder, "running").rows}
     for seed in range(plan.asked.seeds):
         for cell in plan.cells:
@@ -74,13 +75,13 @@ def make_cells(folder: Path, plan: TablePlan, console: Console) -> None:
 
 
 def default_out(request: TableRequest, source: Source) -> Path:
-    """Return the default folder of a table, used without --out."""
+    """Return the folder of a table that is used without --out."""
     return default_folder(source.name, f"table-{request.table}")
 
 
 @contextmanager
 def hold(folder: Path) -> Iterator[None]:
-    """Context manager that locks the folder of a table. Raises RunError when the folder contains anything else."""
+    """Context manager that creates and locks the folder of a table. Raises RunError if it contains anything else."""
     if folder.exists() and not folder.is_dir():
         raise RunError(f"got {folder}, which is a file; expected a folder; choose another --out")
     if folder.is_dir() and not has_plan(folder):
@@ -99,7 +100,7 @@ def hold(folder: Path) -> Iterator[None]:
 
 
 def report_plan(plan: TablePlan, console: Console) -> None:
-    """Report the cells, seeds and steps before training."""
+    """Print the number of cells, seeds and steps before training."""
     request = plan.asked
     console.print(
         f"{plan.title}: {len(plan.cells)} cells, {request.seeds} seed{'s' * (request.seeds > 1)}, "
@@ -112,7 +113,7 @@ def report_plan(plan: TablePlan, console: Console) -> None:
 
 
 def report_results(results: TableResults, folder: Path, console: Console) -> None:
-    """Report every row, the agreement with the paper, and the path of the page."""
+    """Print every row, the agreement with the paper, and the path of the page."""
     for row in results.rows:
         console.print("  " + row.sentence)
     console.print(results.agreement.sentence)

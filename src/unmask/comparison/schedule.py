@@ -1,4 +1,4 @@
-"""Decide how long each cell of a table trains: equal steps, equal compute, or a share of a time budget."""
+"""Decide how many steps each cell of a table trains: equal steps, equal FLOPs, or what a time budget allows."""
 
 from __future__ import annotations
 
@@ -44,17 +44,20 @@ from unmask.method import Method
 from unmask.nn.modes import eval_mode
 from unmask.system.shell_command import shell_command
 
-MOST_LABELS = 5_000  # default limit over all classes, so that probing a small encoder takes seconds
+MOST_LABELS = 5_000  # default limit on training labels of all classes, so that probing a small encoder takes seconds
 MEASURE_SECONDS = 2.0
 MEASURED_BATCHES = 3
 FIT_SECONDS = 3.0
 FEWEST_STEPS = 20
-PRETRAINING_SHARE = 2 / 3  # share of the training budget for pre-training if cells are fine-tuned from it
+PRETRAINING_SHARE = 2 / 3  # share of the training time for pre-training, in tables of fine-tuned cells
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A cell, its cost, the steps planned by its recipe and settings, and its length relative to the table's steps."""
+    """A cell with its cost and planned steps.
+
+    planned_steps: steps according to its recipe and settings. length: training length relative to the table's steps.
+    """
 
     cell: Cell
     cost: CellCost
@@ -63,14 +66,14 @@ class Measured:
 
     @property
     def seconds(self) -> float:
-        """Training time of this cell per step of the table."""
+        """Training time of this cell in seconds, divided by the steps of the table."""
         assert self.cost.step_seconds is not None, "step_seconds is measured when there is a budget"
         return self.length * self.cost.step_seconds
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """A table with its request, its images, and the labels per class of its probes."""
+    """A table with its request, its images, and the number of labels per class for its probes."""
 
     table: Table
     request: TableRequest
@@ -84,9 +87,9 @@ class Experiment:
 
 
 def require_probe(request: TableRequest) -> tuple[Source, int]:
-    """Open the data and return it with the number of labels per class of the probes.
+    """Open the training images; return them and the number of labels per class for the probes.
 
-    Raises UserError when the images cannot be probed, so that this is reported before training instead of after it.
+    Raises UserError if the images cannot be probed, before any time is spent on training.
     """
     source = require_labels(open_source(request.data))
     assert source.labels is not None
@@ -113,7 +116,7 @@ def require_probe(request: TableRequest) -> tuple[Source, int]:
 
 
 def plan_table(experiment: Experiment, console: Console) -> TablePlan:
-    """Decide the settings and steps of every cell; with a budget, also measure their speed."""
+    """Decide the settings and steps of every cell; with a time budget, also measure the speed of the cells."""
     table, request, source = experiment.table, experiment.request, experiment.source
     began = time.perf_counter()
     cells = all_cells(table, request)
@@ -161,7 +164,7 @@ def plan_table(experiment: Experiment, console: Console) -> TablePlan:
 
 
 def planned_cell(experiment: Experiment, measured: Measured, steps: int) -> PlannedCell:
-    """Return the plan of a cell. steps: the steps of a cell of length 1."""
+    """Return the plan of a cell. steps: training steps of a cell of length 1."""
     table, request, cell = experiment.table, experiment.request, measured.cell
     return PlannedCell(
         name=cell.name,
@@ -188,8 +191,8 @@ def planned_cell(experiment: Experiment, measured: Measured, steps: int) -> Plan
 def with_lengths(experiment: Experiment, measured: Sequence[Measured]) -> list[Measured]:
     """Return the cells with their lengths relative to the table's steps.
 
-    Fine-tuned cells are equally long. Together they get a third of the budget, or all of it if the pre-trained run is
-    given.
+    All fine-tuned cells have the same length. Together they get a third of the training time, or all of it if the user
+    gives the pre-trained run.
     """
     base, request = _base_of(measured), experiment.request
     base_flops = base.cost.batch_size * base.cost.training_flops
@@ -213,10 +216,10 @@ def with_lengths(experiment: Experiment, measured: Sequence[Measured]) -> list[M
 
 
 def steps_without_budget(experiment: Experiment, measured: Sequence[Measured]) -> tuple[int, str]:
-    """Return the steps of a cell of length 1 according to the recipe and settings, and the reason as text."""
+    """Return the steps of a cell of length 1 according to recipe and settings, and an explanation as text."""
     base = _base_of(measured)
     if experiment.table.measure == "linear" and base.length != 1 and not experiment.set_by_hand:
-        # The base row has the length of the recipe, as in the paper.
+        # The base row, not the row of length 1, has the steps of the recipe, as in the paper.
         steps = max(1, round(base.planned_steps / base.length))
         return steps, (
             f"{steps} steps for 1x: the base row {base.cell.label} has the {base.planned_steps} steps of the recipe"
@@ -227,10 +230,10 @@ def steps_without_budget(experiment: Experiment, measured: Sequence[Measured]) -
 def steps_in_budget(
     experiment: Experiment, measured: Sequence[Measured], budget: float, scanning: float, spent: float
 ) -> tuple[int, str]:
-    """Return the steps of a cell of length 1 with which the whole table fits the budget, and the reason as text.
+    """Return the steps of a cell of length 1 with which the table fits the budget, and an explanation as text.
 
-    budget, scanning, spent: seconds, where every run scans the images again and `spent` has already passed. Raises
-    UserError when fewer than FEWEST_STEPS fit.
+    budget: seconds for the whole table. scanning: seconds that every run takes to scan the images. spent: seconds that
+    have already passed. Raises UserError if the budget allows fewer than FEWEST_STEPS steps.
     """
     request, table = experiment.request, experiment.table
     runs = {each.cell.name: 1 if each.cell.name in SHARED else request.seeds for each in measured}
@@ -262,7 +265,10 @@ def _base_of(measured: Sequence[Measured]) -> Measured:
 
 
 def with_controls(table: Table, cell: Cell) -> bool:
-    """Whether the cell is probed with controls: the base row, or every row of the family because encoders differ."""
+    """Return whether the cell is probed with controls.
+
+    The base row of a table is; in the family, every row with equal steps is, because the encoders differ.
+    """
     if table.measure == "fine_tuned":
         return False
     return cell.base or (table.name == "family" and cell.name.endswith("-equal-steps"))
@@ -272,7 +278,7 @@ def with_controls(table: Table, cell: Cell) -> bool:
 
 
 def measure_cell(experiment: Experiment, cell: Cell, scan: Scan, device: str) -> Measured:
-    """Count the FLOPs and parameters of a cell and, with a budget, measure its speed."""
+    """Count the FLOPs and parameters of a cell and, with a time budget, measure its speed."""
     table, request, source = experiment.table, experiment.request, experiment.source
     config = draft_config(table, cell, request, source)
     images, plan = training_data.plan_training(training_data.TrainingRequest(source, scan, config, device))
@@ -312,7 +318,7 @@ def measure_cell(experiment: Experiment, cell: Cell, scan: Scan, device: str) ->
 
 @torch.no_grad()
 def encode_seconds(config: Config, plan: Plan) -> float:
-    """Measure how many seconds the encoder takes per image."""
+    """Return the measured seconds per image of the encoder's forward pass."""
     method: Method = build_method(config, plan.images).to(plan.device)
     batch = example_batch(plan.images, EVAL_BATCH, plan.device)
     with eval_mode(method), autocast(plan.precision, plan.device):

@@ -1,4 +1,4 @@
-"""Rank runs by the measurements that all of them have, and list the measurements that only some have."""
+"""Rank runs by the probes that all of them have, and list the probes that only some of them have."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ NO_SHARED_PROBE = (
 
 @dataclass(frozen=True)
 class RankedRun:
-    """One run in a shared measurement. score: the score that is ranked. pools: the score of every pooling, by name."""
+    """One run in the ranking by a probe.
+
+    score: the score that is ranked. pools: the score of every pooling, by name.
+    """
 
     name: str
     step: int | None
@@ -28,7 +31,10 @@ class RankedRun:
 
 @dataclass(frozen=True)
 class SharedProbe:
-    """A measurement that every run has. rows: best first. width: the score that fills a bar. sentence: the ranking."""
+    """A probe that every compared run has.
+
+    rows: the runs, the best first. width: the score that fills a bar on the page. sentence: the ranking in words.
+    """
 
     title: str
     kind: str
@@ -48,7 +54,7 @@ class SharedProbe:
 
 
 def latest_probes(results: Results) -> list[ProbeResult]:
-    """Return the probes of a run; if one was measured at several steps, only the last."""
+    """Return the probes of a run; of those that differ only in the step of the checkpoint, return only the last."""
     latest: list[ProbeResult] = []
     for probe in results.probes:
         same = next((i for i, other in enumerate(latest) if probe.same_measurement(other)), None)
@@ -60,7 +66,7 @@ def latest_probes(results: Results) -> list[ProbeResult]:
 
 
 def shared_probes(probes: Mapping[str, Sequence[ProbeResult]], caveat: str = "") -> list[SharedProbe]:
-    """Return the measurements that every run has. probes: by run name. caveat: appended to every ranking.
+    """Return the probes that every run has. probes: results by run name. caveat: text to append to every ranking.
 
     All runs are ranked by the same pooling, the mean over patches if available: using the better pooling on the test
     images would favour encoders with a class token.
@@ -124,7 +130,7 @@ def ranking(rows: Sequence[RankedRun], metric: str = ACCURACY, kind: str = "") -
 
 
 def not_shared(probes: Mapping[str, Sequence[ProbeResult]]) -> list[str]:
-    """Return one sentence per measurement that only some of the runs have."""
+    """Return one sentence for every probe that only some of the runs have."""
     groups: list[tuple[ProbeResult, list[str]]] = []
     for name, each in probes.items():
         for probe in each:

@@ -1,8 +1,9 @@
-"""`table.html` and `table.json`: the results of a table beside the paper's, read from the folder of `unmask ablate`.
+"""`table.html` and `table.json`: the results of a table beside the paper's, read from the folder of the table.
 
-Accuracies here are from small models on small images, the paper's from ViT-L on ImageNet: compare the order of the
-cells and the shape of the curve, not the height. Every number has a 95% interval: a t-interval over two or more seeds,
-or the Wilson interval over the test images of one seed, which does not cover the choice of the seed.
+The results are usually from small models on small images, those of the paper from ViT-L on ImageNet. So compare the
+order of the cells and the shape of the curve, not the accuracies. Every accuracy has a 95% interval. With two or more
+seeds it is a t-interval over the seeds. With one seed it is the Wilson interval over the test images, which does not
+cover the choice of the seed.
 """
 
 from __future__ import annotations
@@ -26,14 +27,14 @@ TABLE_JSON, TABLE_HTML = "table.json", "table.html"
 
 @dataclass(frozen=True)
 class RowGroup:
-    """Rows of the page under one heading; the heading is "" if there is only one group."""
+    """The rows of the page under one heading. title: the heading, or "" if there is only one group."""
 
     title: str
     rows: Sequence[CellRow]
 
 
 def write_table(folder: Path, state: str) -> TableResults:
-    """Write table.json and table.html, and return the results. state: as in `read_table`."""
+    """Write table.json and table.html, and return the results. state: state of the table; see `read_table`."""
     table = read_table(folder, state)
     replace_file(folder / TABLE_JSON, json.dumps(table.to_json(), indent=2).encode("ascii") + b"\n")
     replace_file(folder / TABLE_HTML, render("table.html.jinja", table=table, groups=groups(table), chart=chart(table)))
@@ -41,7 +42,7 @@ def write_table(folder: Path, state: str) -> TableResults:
 
 
 def groups(table: TableResults) -> list[RowGroup]:
-    """Group the rows for the page: the family has two groups, with MAE in both."""
+    """Group the rows for the page: the family has a group with equal steps and one with equal FLOPs, both with MAE."""
     compute = [row for row in table.rows if row.cell.equal == "compute"]
     if not compute:
         return [RowGroup("", table.rows)]
@@ -53,7 +54,7 @@ def groups(table: TableResults) -> list[RowGroup]:
 
 
 def chart(table: TableResults) -> Markup | None:
-    """Draw our results on the left and the paper's on the right; return None before two cells are measured."""
+    """Draw the measured accuracies on the left and the paper's on the right; return None before two are measured."""
     plan = table.plan
     measure = plan.measure
     rows = [row for row in table.rows if row.paper(measure) is not None]
@@ -78,7 +79,7 @@ def chart(table: TableResults) -> Markup | None:
             axes.set_title(title, fontsize=10, loc="left")
             axes.set_ylabel("top-1, %")
             axes.grid(alpha=0.15)
-            # Above the axes, right of the title, where it covers no data.
+            # The legend is above the axes, right of the title, where it covers no data.
             axes.legend(frameon=False, fontsize=9, ncols=2, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0.1)
             if plan.log:
                 axes.set_xscale("log", base=2)
@@ -93,7 +94,7 @@ def chart(table: TableResults) -> Markup | None:
 def _draw_here(
     axes: Any, rows: Sequence[CellRow], places: Mapping[str, float | None], kinds: Mapping[str, str], *, line: bool
 ) -> None:
-    """Draw the accuracies with their intervals. kinds: names of the scores, with their labels."""
+    """Draw the measured accuracies with their intervals. kinds: fields of `CellRow`, with labels for the legend."""
     for (kind, label), colour in zip(kinds.items(), (LOSS_COLOUR, COLOURS[1]), strict=False):
         scores = [(places[row.cell.name], score) for row in rows if (score := getattr(row, kind)) is not None]
         below = [100 * (score.mean - score.low) for _, score in scores]

@@ -1,4 +1,4 @@
-"""`ablation.json`: the request for a table, and the settings and steps of its cells, decided once."""
+"""`ablation.json`: the request for a table and the settings and steps of its cells, decided when the table is begun."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PLAN_FILE = "ablation.json"
 
 @dataclass(frozen=True, kw_only=True)
 class TableRequest:
-    """The user's request for a table. Once the table has begun, only `seeds` can be changed.
+    """The user's request for a table; after the table has begun, only `seeds` can be changed.
 
     table: a name in `paper_tables.TABLES`. data, test: labelled images; only probes and fine-tuning use the labels.
     recipe: the base of every cell, by default mae_nano (`family` has its own recipes). settings: KEY=VALUE for every
@@ -62,14 +62,14 @@ class CellCost:
 
     @property
     def training_flops(self) -> int:
-        """FLOPs of one image, forward and backward."""
+        """FLOPs of the forward and backward pass of one image."""
         assert self.flops.training is not None, "every cell has a training task"
         return self.flops.training
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedCell(CellCost):
-    """A cell with its final settings and training steps; fields that are not listed here are those of `Cell`.
+    """A cell with its cost, final settings and steps; the fields that are not listed here are those of `Cell`.
 
     settings: all settings except length and seed. varied: the settings that distinguish this cell. controls: whether
     its probes include controls. fine_tunes: whether it is fine-tuned from another run.
@@ -92,11 +92,11 @@ class PlannedCell(CellCost):
 
     @property
     def shared(self) -> bool:
-        """Whether other cells start from this run, which is then not a row of the comparison."""
+        """Whether other cells start from the run of this cell; if so, the cell is not compared with others."""
         return self.name in SHARED
 
     def run_name(self, seed: int) -> str:
-        """Return the folder name of this cell's run with a seed."""
+        """Return the folder name of the run of this cell with a training seed."""
         return self.name if self.shared else f"{self.name}-seed-{seed}"
 
 
@@ -104,10 +104,10 @@ class PlannedCell(CellCost):
 class TablePlan:
     """The plan of a table, decided when it is begun.
 
-    missing: labels of the cells that this version cannot train. steps: the steps of a cell of length 1. reason: how
-    they were chosen, as text. shots: labels per class for the probes. pool: the pooling that is compared. fingerprint:
-    fingerprint of the images. versions, git, time: provenance of the process that made the plan. command: the shell
-    command, or "" for a call from Python.
+    missing: labels of the cells that this version cannot train. steps: the steps of a cell of length 1. reason: how the
+    steps were chosen, as text. shots: labels per class for the probes. pool: the pooling by which cells are compared.
+    fingerprint: fingerprint of the images. versions, git, time: provenance of the process that made the plan. command:
+    the shell command, or "" for a call from Python.
     """
 
     asked: TableRequest
@@ -131,7 +131,7 @@ class TablePlan:
     time: str = ""
 
     def runs_of(self, cell: PlannedCell) -> range:
-        """Return the seeds of a cell; a shared run is trained only once."""
+        """Return the seeds with which a cell is trained; a shared cell is trained only once."""
         return range(1 if cell.shared else self.asked.seeds)
 
 
@@ -144,7 +144,7 @@ def write_plan(folder: Path, plan: TablePlan) -> None:
 
 
 def has_plan(folder: Path) -> bool:
-    """Whether a table was begun in this folder."""
+    """Return whether a table was begun in this folder."""
     return (folder / PLAN_FILE).exists()
 
 
@@ -154,9 +154,9 @@ def load_plan(folder: Path) -> TablePlan:
 
 
 def continue_plan(folder: Path, request: TableRequest, source: Source) -> TablePlan:
-    """Read the plan of a table that was begun, with the number of seeds requested now; the steps do not change.
+    """Read the plan of a table that was begun before, and set the number of seeds that is requested now.
 
-    Raises ConfigError when anything else in the request differs, and DataError when the images have changed.
+    Raises ConfigError if anything else in the request differs, and DataError if the images have changed.
     """
     plan = load_plan(folder)
     for key, value in vars(request).items():

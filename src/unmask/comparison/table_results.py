@@ -40,20 +40,23 @@ from unmask.results import (
 )
 from unmask.run import Run
 
-POOL = "mean"  # the mean over patches exists for every encoder; one pooling for all avoids choosing on the test images
+POOL = "mean"  # every encoder has the mean over patches, so the pooling is not chosen on the test images
 KINDS = {"linear": "linear probe", "knn": "kNN"}
 FAILURES = "failures.json"
 PLAN_KEYS = (
     "asked", "title", "axis", "note", "log", "base", "missing", "steps", "reason", "shots", "pool", "measure", "device",
     "versions", "command",
 )  # fmt: skip
-"""Keys of ablation.json that table.json repeats."""
+"""Keys of ablation.json that table.json also contains, with the same values."""
 WORST_FIRST = ("failed", "running", "interrupted", "stopped", "trained", "waiting")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Control:
-    """The accuracy of a control with one kind of probe. cell: cell of an untrained encoder, or "" for raw pixels."""
+    """The accuracy of a control with one kind of probe.
+
+    cell: label of the cell to which an untrained encoder belongs, or "" for raw pixels.
+    """
 
     features: str
     cell: str
@@ -75,8 +78,9 @@ class ControlRow:
 class CellRun:
     """One run of a cell.
 
-    folder: folder name. state: as in `unmask ls`, or "trained" if not measured yet. size: image size (H, W). probes:
-    accuracy by kind of probe and pooling. how: how the features were computed, as text, or "" for the default.
+    folder: name of the run's folder. state: state that `unmask ls` shows, or "trained" if the run is not measured yet.
+    size: image size (H, W). probes: accuracy by kind of probe and pooling. how: how the features were computed, as
+    text, or "" for the default way.
     """
 
     seed: int
@@ -93,13 +97,16 @@ class CellRun:
     how: str = ""
 
     def probe(self, kind: str, pool: str = POOL) -> RunAccuracy | None:
-        """Return the accuracy of one kind of probe, or None if it has not been measured."""
+        """Return the accuracy with one kind of probe and pooling, or None if it has not been measured."""
         return self.probes.get(kind, {}).get(pool)
 
 
 @dataclass(frozen=True, kw_only=True)
 class CellRow:
-    """The results of a cell over its runs. flops_ratio, time_ratio: cost per image relative to the base row."""
+    """The results of a cell over its runs.
+
+    flops_ratio, time_ratio: training FLOPs and training time per image, relative to the base row.
+    """
 
     cell: PlannedCell
     runs: tuple[CellRun, ...]
@@ -117,15 +124,15 @@ class CellRow:
     time_ratio: float | None = None
 
     def score(self, measure: str) -> CellScore | None:
-        """Return the score that cells are compared by. measure: "linear" or "fine_tuned"."""
+        """Return the score by which cells are compared. measure: "linear" or "fine_tuned"."""
         return self.linear if measure == "linear" else self.fine_tuned
 
     def paper(self, measure: str) -> float | None:
-        """Return the paper's accuracy in percent."""
+        """Return the published accuracy of this cell in percent. measure: "linear" or "fine_tuned"."""
         return self.cell.paper.linear if measure == "linear" else self.cell.paper.fine_tuned
 
     def to_json(self) -> dict[str, Any]:
-        """Return the fields of the cell and of the row in one object."""
+        """Return the fields of the cell and of the row in one JSON object."""
         row = _ROW.dump_python(self, mode="json")
         return {**row.pop("cell"), **row}
 
@@ -158,7 +165,11 @@ _TABLE = TypeAdapter(TableResults)
 
 
 def read_table(folder: Path, state: str) -> TableResults:
-    """Read the results of a table. state: "running", "stopped" or "finished" ("failed" instead if a cell failed)."""
+    """Read the results of a table.
+
+    state: "running", "stopped" or "finished"; the state in the results is "failed" instead of "finished" if a cell
+    failed.
+    """
     plan = load_plan(folder)
     failures = Run(folder).read_if_present(FAILURES)
     rows = with_ratios([read_cell(folder, plan, cell, failures) for cell in plan.cells])
@@ -197,7 +208,7 @@ def with_ratios(rows: Sequence[CellRow]) -> list[CellRow]:
 
 
 def read_cell(folder: Path, plan: TablePlan, cell: PlannedCell, failures: Mapping[str, str]) -> CellRow:
-    """Read the results of a cell. failures: the reasons of failed runs, by folder name."""
+    """Read the results of a cell. failures: error messages of failed runs, by folder name."""
     runs = tuple(read_run(folder, plan, cell=cell, seed=seed, failures=failures) for seed in plan.runs_of(cell))
     row = CellRow(
         cell=cell,
@@ -246,7 +257,7 @@ def read_run(folder: Path, plan: TablePlan, cell: PlannedCell, seed: int, failur
 
 
 def with_probes(run: CellRun, cell: PlannedCell, probes: Mapping[str, ProbeResult]) -> CellRun:
-    """Add the scores of a run's probes and controls. probes: results by kind."""
+    """Return the run with the scores of its probes and controls. probes: results by kind of probe."""
     scores: dict[str, dict[str, RunAccuracy]] = {}
     controls, how = [], ""
     for kind, probe in probes.items():
@@ -261,7 +272,7 @@ def with_probes(run: CellRun, cell: PlannedCell, probes: Mapping[str, ProbeResul
 
 
 def find_probe(run: Run, kind: str, plan: TablePlan, *, controls: bool) -> ProbeResult | None:
-    """Return the probe of a run's final weights with this table's images and labels, or None.
+    """Return the result of a probe of a run's final weights on this table's images and labels, or None.
 
     controls: whether the probe must include controls. A damaged result file counts as missing.
     """
@@ -282,14 +293,14 @@ def find_probe(run: Run, kind: str, plan: TablePlan, *, controls: bool) -> Probe
 
 
 def probe_accuracy(row: FeatureScore) -> RunAccuracy:
-    """Return the accuracy of one feature set."""
+    """Convert the score of a feature set to the accuracy of a run."""
     assert row.low is not None, "class labels have an interval"
     assert row.high is not None, "class labels have an interval"
     return RunAccuracy(accuracy=row.value, low=row.low, high=row.high, correct=row.correct, total=row.total)
 
 
 def finetune_accuracy(result: FinetuneResult) -> RunAccuracy:
-    """Return the accuracy of a fine-tuned classifier."""
+    """Convert the result of a fine-tuned classifier to the accuracy of a run."""
     low, high = (result.value if limit is None else limit for limit in (result.low, result.high))
     return RunAccuracy(
         accuracy=result.value, low=low, high=high, correct=result.correct, total=result.test_images
@@ -305,7 +316,7 @@ def _median(values: Iterable[float | None]) -> float | None:
 
 
 def control_rows(rows: Sequence[CellRow]) -> list[ControlRow]:
-    """Return the rows of the controls: raw pixels, which all cells share, and the untrained encoders."""
+    """Return the rows of the table of controls: raw pixels, which all cells share, and the untrained encoders."""
     by_control: dict[tuple[str, str], ControlRow] = {}
     for control in (control for row in rows for run in row.runs for control in run.controls):
         key = control.features, control.cell
@@ -346,7 +357,7 @@ def different_sizes(rows: Sequence[CellRow]) -> list[str]:
 
 
 def above_controls(rows: Sequence[CellRow], controls: Sequence[ControlRow]) -> str:
-    """State how many cells exceed the best control in the linear probe, or return "" if either is not measured."""
+    """State how many cells exceed the best control in the linear probe; "" if cells or controls are not measured."""
     measured = [row.linear.mean for row in rows if row.linear is not None]
     known = {control.features: control.linear.accuracy for control in controls if control.linear is not None}
     if not measured or not known:
@@ -354,4 +365,6 @@ def above_controls(rows: Sequence[CellRow], controls: Sequence[ControlRow]) -> s
     best = max(known, key=lambda name: known[name])
     above = sum(value > known[best] for value in measured)
     text = f"{above} of {len(measured)} cells are above {best} ({known[best]:.1%}, linear probe)."
-    return text if above else text + " So pre-training did not help in any cell: their order means little."
+    return (
+        text if above else text + " So pre-training did not help in any cell, and the order of the cells means little."
+    )

@@ -32,7 +32,7 @@ from unmask.run import Run
 
 @contextmanager
 def sigterm_as_interrupt() -> Iterator[None]:
-    """Context manager that treats SIGTERM like SIGINT, so that it stops the table also between two runs."""
+    """Context manager that treats SIGTERM like SIGINT, so that SIGTERM also stops the table between two runs."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -48,9 +48,10 @@ def sigterm_as_interrupt() -> Iterator[None]:
 
 
 def make_cell(folder: Path, plan: TablePlan, cell: PlannedCell, seed: int, console: Console) -> None:
-    """Train and measure one cell, skipping finished parts. Raises KeyboardInterrupt when training was stopped.
+    """Train and measure one cell with one seed, skipping what is finished already.
 
-    folder: folder of the table. If the cell fails, the reason is written to failures.json and the other cells continue.
+    folder: folder of the table. If the cell fails, the error message is written to failures.json, and no error is
+    raised, so that the other cells continue. Raises KeyboardInterrupt if training was stopped.
     """
     name = cell.run_name(seed)
     try:
@@ -71,7 +72,7 @@ def make_cell(folder: Path, plan: TablePlan, cell: PlannedCell, seed: int, conso
 
 
 def record_failure(folder: Path, name: str, fault: str | None) -> None:
-    """Write the reason why a run failed to failures.json, or remove an earlier reason if it is None."""
+    """Write the error message of a failed run to failures.json, or remove an earlier one if `fault` is None."""
     failures = Run(folder).read_if_present(FAILURES)
     if failures.get(name) != fault:
         others = {other: reason for other, reason in failures.items() if other != name}
@@ -79,7 +80,7 @@ def record_failure(folder: Path, name: str, fault: str | None) -> None:
 
 
 def train_cell(folder: Path, plan: TablePlan, cell: PlannedCell, seed: int, console: Console) -> Run:
-    """Train or resume one cell and return its finished run. Raises KeyboardInterrupt when training was stopped."""
+    """Train or resume one cell and return its finished run. Raises KeyboardInterrupt if training was stopped."""
     path = folder / cell.run_name(seed)
     if (path / "plan.json").exists():
         run = Run.open(path)
@@ -88,7 +89,7 @@ def train_cell(folder: Path, plan: TablePlan, cell: PlannedCell, seed: int, cons
         console.print(f"{path.name}: resuming")
         run = (finetune_run.resume if cell.fine_tunes else resume)(path, console=console)
     else:
-        shutil.rmtree(path, ignore_errors=True)  # an earlier attempt that cannot be resumed
+        shutil.rmtree(path, ignore_errors=True)  # what is left of an earlier attempt cannot be resumed
         console.print(f"{path.name}: {cell.steps} steps")
         run = start_cell(path, folder, plan=plan, cell=cell, seed=seed, console=console)
     if run.status().state == "stopped":
@@ -97,7 +98,7 @@ def train_cell(folder: Path, plan: TablePlan, cell: PlannedCell, seed: int, cons
 
 
 def start_cell(path: Path, folder: Path, plan: TablePlan, cell: PlannedCell, seed: int, console: Console) -> Run:
-    """Train one cell from the beginning. path: folder of its run."""
+    """Train one cell from the beginning. path: folder of its run. folder: folder of the table."""
     request = plan.asked
     settings = [*without_length(cell.settings), f"train.steps={cell.steps}", f"train.seed={seed}"]
     if cell.fine_tunes:
@@ -112,13 +113,16 @@ def start_cell(path: Path, folder: Path, plan: TablePlan, cell: PlannedCell, see
     tokenizer = None
     if cell.tokenizer:
         tokenizer = request.tokenizer or finished_run(folder, TOKENIZER, "tokenizer")
-    settings = [*own_size(cell.recipe, settings), *settings]  # the same image size for all cells
+    settings = [*own_size(cell.recipe, settings), *settings]  # all cells have the same image size
     options = pretraining.PretrainOptions(recipe=cell.recipe, settings=settings, tokenizer=tokenizer)
     return pretraining.pretrain(request.data, options, out=path, console=console)
 
 
 def own_size(recipe: str, settings: Sequence[str]) -> list[str]:
-    """Return the recipe's image size as a setting, unless one is set; otherwise the size would depend on the images."""
+    """Return the recipe's image size as a setting, or [] if the user has set one.
+
+    Without this setting, the size would depend on the images.
+    """
     if "data.size" in parse(settings):
         return []
     height, width = catalogue.find(recipe).data.size
@@ -126,12 +130,12 @@ def own_size(recipe: str, settings: Sequence[str]) -> list[str]:
 
 
 def without_length(settings: Sequence[str]) -> list[str]:
-    """Drop settings of the training length, which the table's plan replaces."""
+    """Return the settings without training length, which the plan of the table determines."""
     return [setting for setting in settings if setting.partition("=")[0].strip() not in LENGTHS]
 
 
 def finished_run(folder: Path, name: str, what: str) -> Path:
-    """Return the run of a shared cell. Raises TrainingFailed if it is not finished."""
+    """Return the folder of the run of a shared cell. Raises TrainingFailed if the run is not finished."""
     run = Run(folder / name)
     if not run.finished:
         raise TrainingFailed(f"the {what} could not be trained; see the row of the {what}")
@@ -139,7 +143,7 @@ def finished_run(folder: Path, name: str, what: str) -> Path:
 
 
 def probe_cell(run: Run, plan: TablePlan, cell: PlannedCell, seed: int, console: Console) -> None:
-    """Measure the missing probes; the split and labels are the same for all training seeds."""
+    """Measure the missing probes of a run; the split and the labels are the same for all training seeds."""
     controls = cell.controls and seed == 0
     missing = [kind for kind in KINDS if find_probe(run, kind, plan, controls=controls) is None]
     if not missing:
@@ -150,4 +154,4 @@ def probe_cell(run: Run, plan: TablePlan, cell: PlannedCell, seed: int, console:
     options = ProbeOptions(
         data=plan.asked.data, test=plan.asked.test, shots=plan.shots, controls=controls, device=plan.device
     )
-    run_probes(run.path, missing, options, Console(quiet=True))  # the row of the table reports the scores
+    run_probes(run.path, missing, options, Console(quiet=True))  # the scores are printed with the row of the table

@@ -25,7 +25,7 @@ from unmask.results import (
 )
 
 PHRASES = {RAW_PIXELS: "raw pixels", RANDOM_INIT: "the same encoder untrained"}
-UNKNOWN_HELP = "Whether pre-training helped is not known from this: probe again with --controls."
+UNKNOWN_HELP = "Probe again with --controls to find out whether pre-training helped."
 
 
 # Protocol
@@ -77,7 +77,7 @@ def verdict(result: ProbeResult, phrase: str) -> str:
     elif not any(_is_above(row, result.chance) for row in (own, *controls)):
         others = " and ".join(f"{PHRASES[row.features]} {show_score(row.value, result.metric)}" for row in controls)
         sentences = [
-            f"No verdict: everything is near chance level. {_capitalised(score)}, {others}. Either the labels are not "
+            f"No verdict: all scores are near chance level. {_capitalised(score)}, {others}. Either the labels are not "
             "visible in such images, or there are too few of them."
         ]
     else:

@@ -1,4 +1,4 @@
-"""Check an export: the other library must compute the same outputs from it as the run does."""
+"""Check an export: loaded by the other library, it must compute the same outputs as the run."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ CHECKED = 3  # random images
 def check_export(exported: ExportedModel, path: Path, loaded: Loaded, run: str | Path) -> tuple[float | None, str]:
     """Compare the outputs of the exported file with those of the run, on random images.
 
-    path: the exported file or folder. Returns the largest absolute difference (None if the library cannot be used here)
-    and a sentence about the result. Raises ExportFailed when the difference exceeds TOLERANCE.
+    path: the exported file or folder. Returns the largest absolute difference (None if the other library cannot be used
+    on this machine) and a sentence about the result. Raises ExportFailed when the difference exceeds TOLERANCE.
     """
     try:
         with torch.inference_mode(), silence_libraries():

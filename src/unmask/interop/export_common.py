@@ -1,4 +1,4 @@
-"""Functions that the export targets share: tensors and metadata of a run, comparisons, and limits of other libraries.
+"""Functions that the export targets share: tensors, metadata, comparisons, and limits of libraries.
 
 Letters: B images, N patches, D width.
 """
@@ -29,10 +29,10 @@ from unmask.nn.vit import ViT
 
 
 def imported(module: str, attribute: str = "", package: str = "") -> Any:
-    """Import a module of another library, or one of its attributes. Raises NotChecked with the reason.
+    """Import a module of another library, or one attribute of the module. Raises NotChecked if that fails.
 
-    Libraries import their parts lazily and can fail with any exception if a dependency has another version. package:
-    name used in the message, by default the module's name.
+    Every exception is caught, because libraries import their parts lazily and fail with various exceptions if a
+    dependency has an unsupported version. package: name of the library in the message, by default that of the module.
     """
     try:
         library = importlib.import_module(module)
@@ -48,9 +48,10 @@ def imported(module: str, attribute: str = "", package: str = "") -> Any:
 
 
 def export_metadata(loaded: Loaded) -> str:
-    """Return the metadata that other formats do not store, as JSON for the header of the file.
+    """Return the metadata that formats of other libraries do not store, as JSON for the header of the file.
 
-    `unmask import` reads it: image size, normalisation, crop, number of heads, names of classes, licence.
+    The metadata are image size, normalisation, crop, number of heads, names of classes and licence. `unmask import`
+    reads them.
     """
     images, settings = loaded.plan.images, loaded.config.method.model_dump()
     heads = {part: settings[part]["heads"] for part in ("encoder", "decoder") if "heads" in (settings.get(part) or {})}
@@ -64,7 +65,7 @@ def export_metadata(loaded: Loaded) -> str:
 
 
 def vit_of(loaded: Loaded, target: str) -> ViT:
-    """Return the encoder. Raises ExportError unless it is a vision transformer."""
+    """Return the encoder of a run. Raises ExportError unless the encoder is a vision transformer."""
     encoder = loaded.method.encoder
     if not isinstance(encoder, ViT):
         raise ExportError(
@@ -84,7 +85,7 @@ def weights_of(method: nn.Module, *leave_out: str) -> dict[str, Tensor]:
 
 
 def encoder_of(method: Method) -> dict[str, Tensor]:
-    """Return the encoder's tensors by their names in the method, without mean and std of the images."""
+    """Return the encoder's tensors by their names in the method, without the buffers `mean` and `std`."""
     return {name: value for name, value in weights_of(method, "encoder.mean", "encoder.std").items()
             if name.startswith("encoder.")}  # fmt: skip
 
@@ -103,12 +104,12 @@ def tokens_of(encoder: ViT, images: Tensor) -> Tensor:
 
 
 def normalised(encoder: ViT, images: Tensor) -> Tensor:
-    """Normalise images (B, C, H, W), which users of other libraries do themselves."""
+    """Normalise images (B, C, H, W) as users of the other library do before they call the model."""
     return normalise(images, encoder.mean, encoder.std)
 
 
 def sides(pair: tuple[int, int]) -> int | tuple[int, int]:
-    """Return one number for a square and a pair otherwise, as other libraries write sizes."""
+    """Return a size as other libraries write it: one number for a square, otherwise a pair."""
     return pair[0] if pair[0] == pair[1] else pair
 
 
@@ -118,7 +119,7 @@ def arguments(values: Mapping[str, Any]) -> str:
 
 
 def largest(*pairs: tuple[Tensor, Tensor]) -> float:
-    """Return the largest absolute difference of the pairs; infinite if shapes differ."""
+    """Return the largest absolute difference between the tensors of any pair; infinite if their shapes differ."""
     if any(one.shape != other.shape for one, other in pairs):
         return float("inf")
     return float(torch.stack([(one - other).abs().max() for one, other in pairs]).max())  # preserves nan
@@ -126,7 +127,7 @@ def largest(*pairs: tuple[Tensor, Tensor]) -> float:
 
 @contextmanager
 def silence_libraries() -> Iterator[None]:
-    """Context manager that silences warnings of other libraries, but not their errors."""
+    """Context manager that silences warnings of torch.onnx and transformers, but not their errors."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "transformers")]
     levels = [logger.level for logger in loggers]
     try:
@@ -141,13 +142,13 @@ def silence_libraries() -> Iterator[None]:
 
 
 def left_out(loaded: Loaded, why: str) -> str:
-    """Return a note that only the encoder is exported, and why."""
+    """Return a note that only the encoder is exported, with the reason `why`."""
     name = loaded.config.method.name
     return f"only the encoder is exported, without {loaded.method.head_name or f'the rest of {name}'}: {why}"
 
 
 def task_left_out(loaded: Loaded, target: str) -> tuple[str, ...]:
-    """Return a note that the target does not support the task, or () for a run with only an encoder."""
+    """Return the note that the target does not support the task of a run; () if the run has only an encoder."""
     name = loaded.config.method.name
     return (
         ()

@@ -1,9 +1,9 @@
 """`unmask export RUN --to TARGET --out PATH`: convert a run's weights for another library, with a model card.
 
-The targets are the files of `interop/targets/`. Every export is checked if the other library is installed: it loads the
-exported file, and its features of random images are compared with those of the run. An export with different outputs is
-removed. Parts that a target cannot represent (such as a decoder for rectangles) are left out and reported; if the
-target cannot represent the encoder either, the export is rejected.
+The targets are the files of `interop/targets/`. If the other library is installed, every export is checked: the other
+library loads the exported file, and its outputs for random images are compared with those of the run. An export with
+different outputs is removed. Parts that a target cannot represent (such as a decoder for rectangles) are left out and
+reported; if the target cannot represent the encoder either, the export is rejected.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def export_run(
 
 
 def card_path(out: Path, suffix: str) -> Path:
-    """Return the path of an export's model card: in the exported folder, or beside the exported file."""
+    """Return the path of an export's model card, which is in the exported folder or beside the exported file."""
     return out.with_name(out.name + ".md") if suffix else out / "README.md"
 
 
@@ -79,7 +79,7 @@ def with_path(exported: ExportedModel, path: str) -> ExportedModel:
 
 
 def require_free(out: Path, card: Path, suffix: str) -> None:
-    """Raise ExportError if the output exists, has the wrong extension, or is not in an existing folder."""
+    """Raise ExportError if the output path exists, has the wrong extension, or is not in an existing folder."""
     if suffix and out.suffix != suffix:
         raise ExportError(f"got output file {out}; expected a name that ends in {suffix}")
     if not suffix and out.suffix and out.suffix in {find_target(name).suffix for name in target_names()}:

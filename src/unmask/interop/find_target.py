@@ -1,4 +1,7 @@
-"""Find export targets: every file in `interop/targets/` is one. Listing them imports neither the files nor torch."""
+"""Find export targets: every file in `interop/targets/` declares one.
+
+Listing the targets imports neither their files nor torch.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,7 @@ def target_summary(name: str) -> str:
 
 
 def find_target(name: str) -> ExportTarget:
-    """Import a target by its name. Raises UserError with the nearest names for an unknown name."""
+    """Import an export target by its name. Raises UserError with the nearest names for an unknown name."""
     if name not in target_names():
         raise UserError(f"target {name!r} is not known; {nearest(name, target_names())}")
     return importlib.import_module(f"unmask.interop.targets.{name.replace('-', '_')}").TARGET

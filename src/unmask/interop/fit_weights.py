@@ -25,7 +25,7 @@ from unmask.nn.patches import grid_of
 
 
 def per_channel(values: tuple[float, ...], channels: int) -> tuple[float, ...]:
-    """Return the values for another number of channels: their mean for one channel, otherwise repeated cyclically."""
+    """Convert a list of values per channel to another number of channels: average it for one, otherwise repeat it."""
     if channels == len(values):
         return values
     return (sum(values) / len(values),) if channels == 1 else tuple(values[i % len(values)] for i in range(channels))
@@ -34,9 +34,9 @@ def per_channel(values: tuple[float, ...], channels: int) -> tuple[float, ...]:
 def fitted(
     found: Recognised, config: Config, images: ImageSpec, *, by_hand: bool
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """Return the weights adapted to the size and channels of `images`, and sentences about the changes.
+    """Adapt imported weights to the size and channels of `images`; return them, and sentences about the changes.
 
-    by_hand: whether the user set mean or std, which can then differ from those used in training.
+    by_hand: whether the user set mean or std; if so, they can differ from the mean and std used in training.
     """
     weights, changes = dict(found.weights), []
     if images.channels != found.channels:
@@ -67,8 +67,9 @@ def other_channels(
 ) -> tuple[Tensor, Tensor]:
     """Adapt a patch projection (D, C, h, w) and its bias (D,) to other channels; see the module docstring.
 
-    norms: mean and standard deviation per channel used in training. With them, a gray image has exactly the same
-    features as three equal channels, although it is normalised by a single mean and standard deviation.
+    norms: mean and standard deviation per channel used in training, or None. If they are given, a gray image
+    (normalised by a single mean and standard deviation) has exactly the same features as an image with three equal
+    channels.
     """
     before, after = weight.shape[1], images.channels
     if after > 1:
@@ -81,7 +82,7 @@ def other_channels(
 
 
 def require_whole(wanted: Mapping[str, Tensor], weights: Mapping[str, Tensor], what: str) -> None:
-    """Raise ForeignError with tensor names unless the weights match the method exactly and are finite."""
+    """Raise ForeignError, with tensor names, unless weights match the tensors of the method exactly and are finite."""
     missing, left = sorted(wanted.keys() - weights.keys()), sorted(weights.keys() - wanted.keys())
     both = [(name, weights[name], value) for name, value in wanted.items() if name in weights]
     shapes = [
@@ -108,7 +109,7 @@ def require_whole(wanted: Mapping[str, Tensor], weights: Mapping[str, Tensor], w
 
 
 def described(images: ImageSpec) -> dict[str, Tensor]:
-    """Return the encoder buffers that describe the images, by name."""
+    """Return the encoder's buffers that hold mean, std and value range of the images, by name."""
     low, high = images.value_range
     values = {"mean": images.mean, "std": images.std, "low": low, "high": high}
     return {f"encoder.{name}": torch.tensor(value, dtype=torch.float32) for name, value in values.items()}

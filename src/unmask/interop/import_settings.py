@@ -1,4 +1,4 @@
-"""Determine the settings of a run of imported weights."""
+"""Determine the settings of a run that is created from imported weights."""
 
 from __future__ import annotations
 
@@ -29,11 +29,14 @@ OPTIMS = {
     "igpt": OptimConfig(base_lr=0.006, betas=(0.9, 0.95), weight_decay=0),
     "dvae": OptimConfig(base_lr=0.5e-4, betas=(0.9, 0.999), weight_decay=1e-4, warmup=0, final_lr=0.0125),
 }
-"""The optimiser that `pretrain --from` uses, by method; other methods use MAE's."""
+"""The optimiser settings for `pretrain --from` an imported run, by method; methods not listed have those of MAE."""
 
 
 def require_heads(found: Recognised, settings: Iterable[str]) -> Recognised:
-    """Set unknown numbers of heads from the user's settings. Raises ConfigError if a number is missing."""
+    """Take numbers of heads that the weights do not determine from the user's settings.
+
+    Raises ConfigError if such a number is missing in the settings or does not divide the width.
+    """
     given, method = parse(settings), dict(found.method)
     for part in ("encoder", "decoder"):
         if part not in method or (part == "encoder" and method["name"] == "dvae") or "heads" in method[part]:
@@ -51,7 +54,7 @@ def require_heads(found: Recognised, settings: Iterable[str]) -> Recognised:
 
 
 def with_export_metadata(found: Recognised, exported: ExportMetadata) -> Recognised:
-    """Replace assumptions by the metadata that `unmask export` stored with the weights."""
+    """Replace assumptions about the network by the metadata that `unmask export` stored with the weights."""
     if exported.shared_bias:
         found = with_shared_bias(found)
     method = dict(found.method)
@@ -75,7 +78,7 @@ def with_export_metadata(found: Recognised, exported: ExportMetadata) -> Recogni
 
 
 def with_shared_bias(found: Recognised) -> Recognised:
-    """Merge the relative position biases of all blocks into one if they are equal, as in exports of a shared bias."""
+    """Merge the relative position biases of all blocks into one shared bias, if they are equal."""
     tables = {name: value for name, value in found.weights.items() if re.fullmatch(OWN_BIAS, name)}
     if not tables or not all(torch.equal(value, next(iter(tables.values()))) for value in tables.values()):
         return found
@@ -87,14 +90,18 @@ def with_shared_bias(found: Recognised) -> Recognised:
 
 
 def as_encoder(found: Recognised, why: str) -> Recognised:
-    """Reduce a method to its encoder, with the task `encoder`. why: a note for the user."""
+    """Reduce a recognised method to its encoder, with the task `encoder`. why: a note for the user."""
     weights = {name: value for name, value in found.weights.items() if name.startswith("encoder.")}
     method = {"name": "encoder", "encoder": found.method["encoder"]}
     return replace(found, method=method, weights=weights, notes=(*found.notes, why))
 
 
 def choose_method(found: Recognised, settings: list[str], tokenizer: Path | None) -> Recognised:
-    """Return the whole method, or only its encoder if the rest cannot be imported. Raises ConfigError."""
+    """Return the whole method, or only its encoder if the rest cannot be imported.
+
+    tokenizer: run of a dVAE, for a BEiT. Raises ConfigError for a tokenizer or a number of channels that the method
+    cannot use.
+    """
     given, name = parse(settings), found.method["name"]
     channels = given.get("data.channels", found.channels)
     if tokenizer is not None and name != "beit":
@@ -126,9 +133,10 @@ def choose_method(found: Recognised, settings: list[str], tokenizer: Path | None
 
 
 def configure(found: Recognised, settings: list[str], origin: str) -> tuple[Config, ImageSpec]:
-    """Return the configuration of the weights with the user's settings, and the image specification.
+    """Return the configuration of the new run, and the specification of its images.
 
-    Raises ConfigError for a setting that does not exist, or that the weights determine.
+    settings: the user's KEY=VALUE. origin: name of the source of the weights. Raises ConfigError for a setting that
+    does not exist or that the weights determine.
     """
     resolve.reject_conflicts(parse(settings), None)
     if "graft" in parse(settings):
@@ -181,7 +189,7 @@ def require_as_found(base: Config, config: Config) -> None:
 def with_statistics(found: Recognised, config: Config) -> tuple[Config, ImageSpec]:
     """Set channels, mean and standard deviation from the settings, or else from the weights.
 
-    Raises ConfigError if neither has them; a normalisation is never guessed.
+    Raises ConfigError if neither the settings nor the weights state a mean and standard deviation.
     """
     channels = config.data.channels or found.channels
     mean, std = config.data.mean, config.data.std

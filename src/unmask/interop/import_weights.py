@@ -1,9 +1,9 @@
-"""`unmask import FILE --out RUN`: create a run from another library's weights, for use with every command.
+"""`unmask import FILE --out RUN`: create a run from the weights of another library.
 
 Files are read by `interop/foreign/checkpoint_files.py`, identified by `interop/foreign/recognise.py`, and fitted to the
 image size and channels of the settings by `interop/fit_weights.py`. If a method cannot be imported completely (such as
-a BEiT without its tokenizer), only its encoder is imported, as the task `encoder`, and a note is printed. Images have 8
-bits per channel.
+a BEiT without its tokenizer), only its encoder is imported, as the task `encoder`, and a note is printed. The images of
+an imported run have 8 bits per channel.
 """
 
 from __future__ import annotations
@@ -52,10 +52,10 @@ def import_weights(
     tokenizer: str | Path | None = None,
     console: Console | None = None,
 ) -> Run:
-    """Create a run from the weights in a file or folder. settings: KEY=VALUE. tokenizer: run of a dVAE, for a BEiT.
+    """Create a run from the weights in a file or folder.
 
-    Raises UserError, before anything is written, for a file that is not a checkpoint, is incomplete, or contradicts the
-    settings.
+    settings: KEY=VALUE. tokenizer: run of the dVAE that a BEiT was trained with. Raises UserError, before anything is
+    written, if the file is not a checkpoint, is incomplete, or contradicts the settings.
     """
     console = console or Console()
     source, settings = Path(source), list(settings)
@@ -101,7 +101,7 @@ def import_weights(
 
 
 def import_own(own: OwnFile, *, out: str | Path, given: list[str], console: Console) -> Run:
-    """Create a run from a file written by `unmask export --to safetensors`; its header has all settings."""
+    """Create a run from a file written by `unmask export --to safetensors`; the header of the file has all settings."""
     source, config = own.path, own.config
     if given:
         raise ConfigError(
@@ -122,7 +122,10 @@ def import_own(own: OwnFile, *, out: str | Path, given: list[str], console: Cons
 
 
 def with_tokenizer(found: Recognised, path: Path) -> Recognised:
-    """Add the dVAE whose codes a BEiT predicts. path: run of the dVAE. Raises ConfigError for another method."""
+    """Add to a BEiT the dVAE whose codes it predicts. path: run of the dVAE.
+
+    Raises ConfigError if the run is of another method or its dVAE has another number of codes.
+    """
     run = Run.open(path)
     config: Any = read_config(run).method
     if config.name != "dvae":

@@ -21,7 +21,7 @@ from unmask.run import CONFIG, PLAN, PROVENANCE, Run
 
 @dataclass(frozen=True)
 class ImportedModel:
-    """A method with the weights of a file, which fit it. images: what it was trained on."""
+    """A method and the imported weights that fit it. images: specification of the images it was trained on."""
 
     config: Config
     images: ImageSpec
@@ -30,7 +30,7 @@ class ImportedModel:
 
 
 def write_run(out: str | Path, model: ImportedModel, reasons: tuple[str, ...], about: dict[str, Any]) -> Run:
-    """Write a run with these weights. about: the origin of the weights, for the provenance."""
+    """Write the folder of a run with imported weights. about: origin of the weights, for provenance.json."""
     config, method, weights = model.config, model.method, model.weights
     counts = [sum(p.numel() for p in part.parameters()) for part in (method, method.encoder)]
     plan = plan_of(config, model.images, counts, reasons)
@@ -54,7 +54,7 @@ def write_run(out: str | Path, model: ImportedModel, reasons: tuple[str, ...], a
 
 
 def plan_of(config: Config, images: ImageSpec, counts: list[int], reasons: tuple[str, ...]) -> Plan:
-    """Return the plan of a run that is finished at step 0 and has no images."""
+    """Return the plan of an imported run, which is finished at step 0 and has no training images."""
     return Plan(
         steps=0, warmup_steps=0, batch_size=config.train.batch_size, micro_batch=config.train.batch_size,
         accumulation=1, peak_lr=0.0, final_lr=0.0, epochs=0.0, num_images=0, images=images, fingerprint="",
@@ -66,7 +66,7 @@ def plan_of(config: Config, images: ImageSpec, counts: list[int], reasons: tuple
 def report_import(
     run: Run, found: Recognised, model: ImportedModel, changes: list[str], *, by_hand: bool, console: Console
 ) -> None:
-    """Report the imported method, its changes and normalisation, and the commands that accept the run."""
+    """Print what was imported, how it was changed, its assumed settings and licence, and commands that accept it."""
     config, images = model.config, model.images
     name = config.method.name
     for line in (*found.notes, *changes):
@@ -79,7 +79,7 @@ def report_import(
     )
     for part, settings in (("encoder", found.method.get("encoder")), ("decoder", found.method.get("decoder"))):
         if settings and "heads" in settings:
-            console.print(f"  {part}: {settings['heads']} heads of {settings['width'] // settings['heads']} values")
+            console.print(f"  {part}: {settings['heads']} heads of width {settings['width'] // settings['heads']}")
     mean, std = (", ".join(f"{value:.6g}" for value in values) for values in (images.mean, images.std))
     if name != "igpt" and "colours" not in found.method["encoder"]:
         whose = "set by hand" if by_hand else found.statistics
@@ -95,8 +95,9 @@ def use_of(method: str) -> str:
     """Name the commands that accept a run of this method."""
     if method == ENCODER:
         return (
-            "embed, probe and finetune accept it; to continue training, use `unmask pretrain DATA --from` with --recipe"
+            "embed, probe and finetune accept this run; to train it further, use `unmask pretrain DATA --from` with "
+            "--recipe"
         )
     if method in task_names():
-        return f"fine-tuned to {method}: embed, predict, probe and finetune accept it"
-    return f"a whole {method}: embed, probe, reconstruct, finetune and `unmask pretrain DATA --from` accept it"
+        return f"fine-tuned to {method}: embed, predict, probe and finetune accept this run"
+    return f"a complete {method}: embed, probe, reconstruct, finetune and `unmask pretrain DATA --from` accept this run"

@@ -33,7 +33,7 @@ from unmask.run import PROVENANCE, Run
 
 NOT_STATED = "not stated"
 OWN_FEATURES = (PRETRAINED, *CONTROLS)
-"""Feature sets of this run; the card leaves out other runs."""
+"""Feature sets whose scores the card shows; those of other runs are left out."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,8 @@ class ResultRow:
 def model_card(run: Run, loaded: Loaded, target: ExportTarget, exported: ExportedModel, tested: str) -> str:
     """Write the Markdown of the card of an exported run.
 
-    exported: its code must contain the final path. tested: a sentence about the check of the export.
+    exported: the export, whose loading code must contain the final path. tested: a sentence about the check of the
+    export.
     """
     config, plan = loaded.config, loaded.plan
     provenance = run.read_if_present(PROVENANCE)
@@ -85,7 +86,7 @@ def sentence(text: str) -> str:
 
 
 def licence(run: Run) -> str:
-    """Return the licence of imported weights, also for runs trained from them; otherwise that it is not stated."""
+    """Return the licence of imported weights, also for runs trained from them; for other runs, that none is stated."""
     return licence_of(run) or f"{NOT_STATED}: add it before you share them"
 
 
@@ -121,7 +122,7 @@ def what_it_is(config: Config, what: str, made: dict[str, Any]) -> str:
 
 
 def last_name(path: str) -> str:
-    """Return the last part of a path of any operating system."""
+    """Return the last part of a path, with the separators of any operating system."""
     return PurePath(path.replace("\\", "/")).name or path
 
 
@@ -147,12 +148,12 @@ def preprocessing(config: Config, plan: Plan, *, normalises: bool) -> str:
         )
         if images.dtype == "uint8":
             scaled = (", ".join(f"{value / 255:.6g}" for value in each) for each in (images.mean, images.std))
-            lines.append("For images scaled to 0..1 these are mean {}; std {}.".format(*scaled))
+            lines.append("For images scaled to 0..1, use mean {}; std {}.".format(*scaled))
     return bullets(lines)
 
 
 def channels(count: int) -> str:
-    """Write a number of channels."""
+    """Write a number of channels in words, such as "3 channels"."""
     return f"{count} channel" + "s" * (count != 1)
 
 
@@ -160,7 +161,10 @@ def data(config: Config, plan: Plan, made: dict[str, Any]) -> str:
     """Describe the training images."""
     if imported := made.get("imported"):
         files = ", ".join(f"`{file['name']}` (SHA-256 {file['sha256']})" for file in imported["files"])
-        return f"Not known: the weights were imported from {files}. See the page they were downloaded from."
+        return (
+            f"The training images are not known: the weights were imported from {files}. See the page from which they "
+            "were downloaded."
+        )
     images = plan.images
     lines = [
         f"`{last_name(config.data.place)}`: {plan.num_images:,} images, as {images.size[0]} x {images.size[1]} "
@@ -212,7 +216,7 @@ def results(run: Run, *, whole: bool) -> str:
 
 
 def finetune_rows(result: FinetuneResult, model: str) -> list[ResultRow]:
-    """Return a row for every metric of a fine-tuned run on its test images, the headline first."""
+    """Return a row for every metric of a fine-tuned run on its test images, the main metric first."""
     task = f" for {task_class(result.task).title}" if result.task in task_names() else ""
     data = last_name(str(result.data))
     title = f"Fine-tuned on {data}{task}, tested on {test_name(result)}"
@@ -266,7 +270,7 @@ def curve_rows(curve: CurveResult) -> list[ResultRow]:
 
 
 def measured_title(record: FeatureMeasurement) -> str:
-    """Return the title of a measurement as in the report, without folders but with the numbers of images."""
+    """Return the title of a measurement as in the report, with paths shortened to names and with numbers of images."""
 
     def counted(name: str, images: int) -> str:
         return f"{name} ({images:,} images)" if images else name
@@ -281,14 +285,14 @@ def measured_title(record: FeatureMeasurement) -> str:
 
 
 def test_name(record: FeatureMeasurement | FinetuneResult) -> str:
-    """Return the name of the test images without folders."""
+    """Describe the test images by the last part of their path, or as a part of the training images."""
     if record.test.images is not None:
         return last_name(str(record.test.images))
     return record.test.describe(last_name(str(record.data)))
 
 
 def show_value(value: float, low: float | None, high: float | None, metric: str) -> str:
-    """Write a value with its interval, if it has one; accuracies in percent."""
+    """Write a value with its interval, if there is one, and accuracies in percent."""
     if low is None or high is None:
         return show_score(value, metric)
     return f"{show_score(value, metric)} ({show_score(low, metric)} to {show_score(high, metric)})"

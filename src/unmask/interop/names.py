@@ -1,7 +1,8 @@
-"""Rename tensors: imports read these tables from left to right, exports from right to left.
+"""Tables of tensor names, and functions that rename the tensors of imports and exports.
 
-Imports rename in two steps: transformers' names -> official names (official MAE, BEiT, timm) -> unmask's names. Exports
-reverse these steps. If several foreign names map to the same name, exports use the first.
+An import renames tensors in two steps: from transformers' names to official names (those of official MAE, BEiT and
+timm), and from official names to unmask's names. An export reverses these steps. If a table maps several names of other
+libraries to the same name, exports use the first.
 """
 
 from __future__ import annotations
@@ -84,7 +85,7 @@ def _plain_name(name: str) -> str:
 
 
 PARTS = ("norm1", "norm2", "attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
-"""Parts of every block, with the same names in official code and here."""
+"""The parts of a transformer block that have the same names in official code and here."""
 OFFICIAL = {
     "cls_token": "encoder.cls_token",
     "pos_embed": "encoder.pos_embed",
@@ -107,7 +108,7 @@ OURS = OFFICIAL | BEIT_SCALES | {"lm_head.*": "head.*"}
 
 
 def renamed(name: str, table: Mapping[str, str]) -> str | None:
-    """Return the new name of a tensor in a table, or None if the table does not have it."""
+    """Look up the new name of a tensor in a table of names; return None if the table does not contain the tensor."""
     number, (stem, dot, leaf) = re.search(r"(?<=blocks\.)\d+(?=\.)", name), name.rpartition(".")
     pattern = f"{stem}.*" if dot and leaf in ("weight", "bias") else name
     if number is not None:
@@ -118,7 +119,7 @@ def renamed(name: str, table: Mapping[str, str]) -> str | None:
 
 
 def to_ours(names: Names, method: str) -> dict[str, Tensor]:
-    """Rename official names to unmask's. Raises ForeignError for unknown names."""
+    """Rename tensors from official names to unmask's. Raises ForeignError for unknown names."""
     ours, left = {}, []
     for name, value in names.tensors.items():
         place = renamed(name, OURS)
@@ -146,7 +147,7 @@ GPT_NAMES = {
 
 
 def inverted(table: dict[str, str]) -> dict[str, str]:
-    """Swap keys and values; if several keys have the same value, the first is used."""
+    """Swap the keys and values of a table; of several keys with the same value, the first is used."""
     return {new: old for old, new in reversed(table.items())}
 
 
@@ -156,15 +157,15 @@ BLOCKS, OTHERS, GPT_BLOCKS = inverted(BLOCK_NAMES), inverted(OTHER_NAMES), inver
 
 
 def to_official(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename to the names of official MAE, dropping mean and std, which are not parameters."""
+    """Rename tensors to the names of official MAE, without `mean` and `std`, which are not parameters."""
     return _under(weights, TO_OFFICIAL)
 
 
 def to_beit(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename to the names of official BEiT, which timm also uses.
+    """Rename tensors to the names of official BEiT, which timm also uses.
 
-    BEiT has no bias for keys. It is not needed: it adds the same value to a query's scores for all keys, which the
-    softmax cancels.
+    The bias of the keys is dropped, because BEiT has none. It has no effect: it adds the same value to the scores of
+    all keys, and the softmax cancels it.
     """
     renamed_weights = {}
     for name, value in _under(weights, TO_BEIT).items():
@@ -188,7 +189,7 @@ def _under(weights: Mapping[str, Tensor], table: Mapping[str, str]) -> dict[str,
 
 
 def to_transformers(weights: Mapping[str, Tensor], *, beit: bool, prefix: str = "") -> dict[str, Tensor]:
-    """Rename to the names that transformers uses in files, for BEiT or for ViT and ViTMAE.
+    """Rename tensors to the names that transformers uses in files of BEiT, or of ViT and ViTMAE.
 
     prefix: prefix of the encoder in a larger model ("vit.", "beit.").
     """
@@ -205,7 +206,7 @@ def to_transformers(weights: Mapping[str, Tensor], *, beit: bool, prefix: str = 
 
 
 def _apart(name: str, value: Tensor) -> dict[str, Tensor]:
-    """Split queries, keys and values."""
+    """Split a joint weight or bias of queries, keys and values into three tensors; return other tensors unchanged."""
     stem, attn, last = name.rpartition(".attn.")
     if last.startswith("qkv."):
         leaf = last.removeprefix("qkv.")
@@ -214,7 +215,7 @@ def _apart(name: str, value: Tensor) -> dict[str, Tensor]:
 
 
 def _transformers_name(plain: str) -> str:
-    """Return the name that transformers uses in files for an official name."""
+    """Convert an official name to the name that transformers uses in files."""
     stem, _, leaf = plain.rpartition(".")
     if match := re.fullmatch(r"(decoder_)?blocks\.(\d+)\.(?:gamma_([12])|(.+)\..+)", plain):
         layer = f"{'decoder.decoder_layers' if match[1] else 'encoder.layer'}.{match[2]}"
@@ -223,7 +224,7 @@ def _transformers_name(plain: str) -> str:
 
 
 def to_image_gpt(weights: Mapping[str, Tensor], *, prefix: str = "") -> dict[str, Tensor]:
-    """Rename an iGPT's tensors to transformers' ImageGPT, with biases of zero; see `interop/foreign/openai.py`."""
+    """Rename an iGPT's tensors to the names of transformers' ImageGPT, and add the biases that it lacks, as zeros."""
     plain = {"encoder.positions": "wpe.weight", "encoder.norm.weight": "ln_f.weight"}
     table = torch.cat([weights["encoder.tokens"], weights["encoder.sos"][None]])
     renamed_weights = {f"{prefix}wte.weight": table}

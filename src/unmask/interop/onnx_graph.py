@@ -21,11 +21,11 @@ from unmask.nn.gpt import Block as GPTBlock
 from unmask.nn.vit import ViT
 
 OPSET = 18
-ONE_FILE = 1 << 30  # most bytes of weights in one file (ONNX allows less than 2 GiB)
+ONE_FILE = 1 << 30  # weights of more bytes are written to a second file, because ONNX files must be below 2 GiB
 
 
 class ViTGraph(nn.Module):
-    """`ViT.forward` for one image size, without Python integers that would fix the batch size."""
+    """`ViT.forward` for one image size, written such that the exported graph accepts any batch size."""
 
     def __init__(self, encoder: ViT, classifier: MeanTokenClassifier | None) -> None:
         super().__init__()
@@ -82,10 +82,10 @@ class PlainGraph(nn.Module):
 
 
 def encoder_graph(loaded: Loaded, dtype: str) -> ExportedModel:
-    """Convert the encoder, with normalisation and classifier scores if any, for any number of images of one size.
+    """Convert an encoder with its normalisation, and its classifier if there is one, to an ONNX graph.
 
-    dtype: dtype of the input, which is also stored in the graph's metadata. Uses torch.export, because the older tracer
-    does not support RMS norm and is deprecated.
+    The graph accepts any number of images of one size. dtype: dtype of the images, which is also stored in the graph's
+    metadata. The graph is made with torch.export, because the older tracer does not support RMS norm and is deprecated.
     """
     method, encoder, spec = loaded.method, loaded.method.encoder, loaded.plan.images
     classifier = method.mean_token_classifier
@@ -106,7 +106,7 @@ def encoder_graph(loaded: Loaded, dtype: str) -> ExportedModel:
             )  # fmt: skip
         assert program is not None, "dynamo=True returns a program"
         for node in program.model.graph:
-            node.metadata_props.pop("pkg.torch.onnx.stack_trace", None)  # contains paths of this machine
+            node.metadata_props.pop("pkg.torch.onnx.stack_trace", None)  # it contains paths of this machine
         program.model.metadata_props["unmask.input"] = json.dumps(
             {"name": "images", "dtype": dtype, "units": units(spec), "normalised": False, "layout": "BCHW",
              "size": spec.size, "channels": spec.channels, "mean": spec.mean, "std": spec.std}

@@ -1,6 +1,6 @@
 """Read a method from a file written by `unmask export --to safetensors`, without its run folder.
 
-The weights have unmask's own names; the header contains the settings and the image specification.
+In the file, weights have unmask's own names, and the header contains the settings and the image specification.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ HEADER = "unmask"  # key of the settings in the header
 
 
 class Images(Outside):
-    """The JSON form of `ImageSpec`."""
+    """The JSON form of `ImageSpec`, as stored in the header."""
 
     channels: Size
     size: tuple[Size, Size]
@@ -100,8 +100,8 @@ class OwnFile:
 def require_plausible(config: Config, images: ImageSpec, shapes: Mapping[str, tuple[int, ...]], path: Path) -> None:
     """Raise ForeignError if tensors of these shapes cannot belong to this network.
 
-    This bounds the cost of building the network by the content of the file: widths by the number of values, depth by a
-    constant, and position tables by both.
+    The check limits the time and memory for building the network, even if the header is damaged: widths are limited by
+    the number of values in the file, the depth by a constant, and the position table by the number of values.
     """
     values = sum(math.prod(shape) for shape in shapes.values())
     for key, number in numbers_in(config.method.model_dump()):
@@ -123,7 +123,7 @@ def require_plausible(config: Config, images: ImageSpec, shapes: Mapping[str, tu
 
 
 def numbers_in(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, int]]:
-    """Yield every integer in a tree of settings, with its key."""
+    """Yield the key and value of every integer in nested settings."""
     for key, value in tree.items():
         if isinstance(value, Mapping):
             yield from numbers_in(value, f"{prefix}{key}.")

@@ -25,8 +25,9 @@ from unmask.interop.foreign.state_dicts import EXPORT_METADATA
 class TransformersModel:
     """A run converted to a model class of transformers.
 
-    name: name of the class. config: content of config.json. compare: (model, images) -> largest difference to the run.
-    returns, notes: see `ExportedModel`. more: other JSON files by name; None for a preprocessor where there is one.
+    name: name of the class. config: content of config.json. compare: function that maps (model, images) to the largest
+    difference between the outputs of model and run. returns, notes: see `ExportedModel`. more: JSON files by name that
+    are written instead of the usual preprocessor_config.json, or None.
     """
 
     name: str
@@ -39,11 +40,11 @@ class TransformersModel:
 
 
 def folder(loaded: Loaded, converted: TransformersModel) -> ExportedModel:
-    """Return a folder for `from_pretrained`."""
+    """Return the export of a converted run as a folder for `from_pretrained`."""
     name, notes, more = converted.name, converted.notes, converted.more
     files = {"config.json": {"architectures": [name], "dtype": "float32"} | converted.config}
     processor = preprocessor(loaded) if more is None else None
-    # transformers would add a pooler with random weights.
+    # By default, transformers would add a pooler with random weights.
     bare = ", add_pooling_layer=False" if name in ("ViTModel", "BeitModel") else ""
     if processor is not None and not isinstance(sides(loaded.plan.images.size), int):
         notes = (*notes, "the preprocessor resizes the whole image to a rectangle, while evaluation here uses the "
@@ -64,7 +65,7 @@ def folder(loaded: Loaded, converted: TransformersModel) -> ExportedModel:
         options = {"add_pooling_layer": False} if name in ("ViTModel", "BeitModel") else {}
         transformers.utils.logging.disable_progress_bar()
         kind = imported("transformers", name)
-        # AutoModel is the class that most users load.
+        # The check loads AutoModel, because most users do.
         kind = imported("transformers", "AutoModel") if name in ("ViTModel", "BeitModel") else kind
         model, told = kind.from_pretrained(path, output_loading_info=True, **options)
         faults = {key: told[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if told.get(key)}
@@ -91,8 +92,8 @@ def folder(loaded: Loaded, converted: TransformersModel) -> ExportedModel:
 def preprocessor(loaded: Loaded) -> dict[str, Any] | None:
     """Return the content of preprocessor_config.json, or None for images that do not have 8 bits per channel.
 
-    Squares are cropped as in evaluation here: the largest centred square, or the share of it in the settings.
-    transformers resizes rectangles from the whole image, which changes the aspect ratio.
+    Square images are cropped as in evaluation here: the largest centred square, scaled by `data.crop.eval_share`. For
+    other rectangles, transformers resizes the whole image, which changes the aspect ratio.
     """
     spec = loaded.plan.images
     if spec.dtype != "uint8":

@@ -20,7 +20,7 @@ from unmask.nn.gpt import GPT
 
 
 def to_image_gpt(loaded: Loaded) -> ExportedModel:
-    """Convert an iGPT, with its palette in the preprocessor if that supports it."""
+    """Convert an iGPT, with its palette in the preprocessor if the images are 8-bit RGB."""
     method, encoder = loaded.method, loaded.method.encoder
     assert isinstance(encoder, GPT)
     if encoder.sos is None:

@@ -37,7 +37,10 @@ from unmask.nn.vit import ViT
 
 
 def to_transformers(loaded: Loaded, *, whole: bool) -> ExportedModel:
-    """Convert a run. whole: include the decoder or head of the pre-training, if transformers has the method."""
+    """Convert a run to a model of transformers.
+
+    whole: whether to include the decoder or head of the pre-training, if transformers has the method.
+    """
     if isinstance(loaded.method.encoder, GPT):
         return to_image_gpt(loaded)
     encoder, settings = vit_of(loaded, "transformers"), loaded.config.method.model_dump()["encoder"]
@@ -89,9 +92,9 @@ def to_transformers(loaded: Loaded, *, whole: bool) -> ExportedModel:
 
 
 def beit_misses(loaded: Loaded, encoder: ViT) -> str | None:
-    """Return the size that transformers' BEiT does not support, as text, or None if it supports this encoder.
+    """Return the size that transformers' BEiT does not support, as text, or None if BEiT supports this encoder.
 
-    Its relative position bias is wrong for rectangles.
+    The relative position bias of transformers' BEiT is wrong for rectangles.
     """
     (height, width), patch = loaded.plan.images.size, encoder.patch
     if patch[0] != patch[1]:
@@ -136,7 +139,7 @@ def whole_mae(loaded: Loaded, method: MAE, config: dict[str, Any]) -> ExportedMo
         drop = order[:, -hidden:]
         guess = method.guess(method.encoder.patches(images), Mask(keep=order[:, :-hidden], drop=drop))
         logits = theirs.logits.gather(1, drop[..., None].expand(-1, -1, guess.shape[2]))
-        model.config.mask_ratio = 0.0  # patches are still shuffled unless the noise is sorted
+        model.config.mask_ratio = 0.0  # with unsorted noise, ViTMAE would shuffle the patches
         tokens = model.vit(pixel_values=pixels, noise=torch.arange(float(places)).expand(len(images), -1))
         return largest((logits, guess), (tokens.last_hidden_state, tokens_of(method.encoder, images)))
 
@@ -156,7 +159,7 @@ def whole_mae(loaded: Loaded, method: MAE, config: dict[str, Any]) -> ExportedMo
 def whole_classifier(
     loaded: Loaded, encoder: ViT, classifier: MeanTokenClassifier, config: dict[str, Any]
 ) -> ExportedModel:
-    """Convert to BEiT's classifier, which like ours uses the mean of the patch tokens instead of the class token."""
+    """Convert a classifier to BEiT's, which also uses the mean of the patch tokens instead of the class token."""
     settings = loaded.config.method.model_dump()
     config |= beit_config(encoder, settings["encoder"]) | {
         "use_mean_pooling": True, "id2label": {str(number): name for number, name in enumerate(settings["classes"])},

@@ -1,4 +1,4 @@
-"""k nearest neighbours: a vote of the most similar training images; nothing is trained.
+"""k nearest neighbours: a vote of the most similar training images, without any training.
 
 Follows the usual protocol (Wu et al. 2018, "Unsupervised feature learning via non-parametric instance discrimination",
 section 3.4; Caron et al. 2021, DINO): the k training images with the largest cosine similarity s vote for their class

@@ -1,7 +1,8 @@
 """Read files of weights from other libraries without running any code in them.
 
-A file is safetensors or a pickle of plain tensors (loaded with weights_only=True). A folder is from transformers or
-timm (config.json, weights, preprocessor_config.json), or contains the two halves of DALL-E's dVAE.
+Supported files are safetensors and pickles of plain tensors (loaded with weights_only=True). Supported folders are
+those of transformers and timm (config.json, weights, preprocessor_config.json), and a folder with encoder and decoder
+of DALL-E's dVAE.
 """
 
 from __future__ import annotations
@@ -40,27 +41,27 @@ WHOLE = ("model.safetensors", "pytorch_model.safetensors", "pytorch_model.bin")
 INDEX = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 SAFE, PICKLES = (".safetensors",), (".pth", ".pt", ".bin", ".pkl", ".tar", ".ckpt")
 MOST_TENSORS = 100_000
-MOST_SHARED = 8  # largest ratio of tensor bytes to file bytes; tied weights share storage
+MOST_SHARED = 8  # largest accepted ratio of tensor bytes to file bytes, above 1 because tied weights share storage
 
 
 class Opaque:
-    """Replaces paths in the training arguments and discards their values."""
+    """Stand-in for the path classes of pickled training arguments; it discards the paths."""
 
     def __init__(self, *_: Any) -> None: ...
 
 
 PLAIN_CLASSES: list[Any] = [
     argparse.Namespace,
-    (OrderedDict, "yacs.config.CfgNode"),  # SimMIM's settings; torch loads only these mappings
+    (OrderedDict, "yacs.config.CfgNode"),  # the class of SimMIM's settings; torch loads no other dict class
     *((Opaque, f"pathlib.{name}") for name in ("PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath")),
     *((Opaque, f"pathlib._local.{name}") for name in ("PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath")),
 ]
-"""Further classes that a training checkpoint may contain; all are replaced by harmless ones."""
+"""Further classes that a pickle may contain; paths are loaded as `Opaque`, and CfgNode as OrderedDict."""
 
 
 @dataclass(frozen=True)
 class SourceFile:
-    """The source file of weights, as recorded in a run."""
+    """The name and checksum of a file of imported weights, which the run records."""
 
     name: str
     sha256: str
@@ -82,7 +83,7 @@ class Checkpoint:
 def read_source(path: Path) -> Checkpoint:
     """Read weights and metadata from a file or folder.
 
-    Raises ForeignError for a path that is not a checkpoint, is damaged, or cannot be opened without running code.
+    Raises ForeignError if the path is not a checkpoint, is damaged, or cannot be loaded without running code in it.
     """
     if path.is_file():
         return _read_files([path])
@@ -106,7 +107,7 @@ def read_source(path: Path) -> Checkpoint:
 
 
 def _described(folder: Path) -> tuple[NetworkConfig, Preprocessor]:
-    """Read config.json (of transformers or timm) and preprocessor_config.json; missing files give empty records."""
+    """Read config.json (of transformers or timm) and preprocessor_config.json; a missing file gives an empty record."""
     file, other = folder / "config.json", folder / "preprocessor_config.json"
     content, preprocessor = read_json(file), checked(Preprocessor, read_json(other), str(other))
     if not isinstance(content.get("pretrained_cfg"), dict):
@@ -119,7 +120,7 @@ def _described(folder: Path) -> tuple[NetworkConfig, Preprocessor]:
 
 
 def _halves(folder: Path) -> dict[str, Path] | None:
-    """Return the files encoder.* and decoder.* of a folder with DALL-E's dVAE, or None for other folders."""
+    """Return the files encoder.* and decoder.* of a folder with DALL-E's dVAE, or None for any other folder."""
     candidates = {
         side: [file for file in sorted(folder.glob(f"{side}.*")) if file.suffix in (*SAFE, *PICKLES)]
         for side in ("encoder", "decoder")
@@ -162,7 +163,7 @@ def _read_files(files: list[Path]) -> Checkpoint:
             exported = _export_metadata(file, loaded) or exported
             if file.suffix not in SAFE:
                 training, unclear = training_arguments(loaded)
-            # The common prefix of all names is known only once all shards are joined.
+            # The prefix that all names share can be removed only after all shards are joined.
             tensors = loaded if len(files) > 1 and isinstance(loaded, dict) else unwrap(loaded)
             _require_plain(tensors, file)
             content |= tensors
@@ -179,9 +180,9 @@ def _read_files(files: list[Path]) -> Checkpoint:
 
 
 def _require_plain(tensors: dict[str, Any], file: Path) -> None:
-    """Raise ForeignError for tensors that are too large for the size of the file, or not dense.
+    """Raise ForeignError for tensors that are not dense, or that take far more memory than the file is large.
 
-    A few bytes in a pickle can describe a tensor of any size, so this is checked before any computation.
+    A few bytes in a pickle can describe a tensor of any size, so the size is checked before any computation.
     """
     if len(tensors) > MOST_TENSORS:
         raise ForeignError(
@@ -243,7 +244,7 @@ def _read_pickle(file: Path) -> Any:
         if start_of_file[:2] == b"PK":
             _require_not_inflated(file)
         with warnings.catch_warnings(), torch.serialization.safe_globals(PLAIN_CLASSES):
-            warnings.simplefilter("ignore")  # about pickle protocols; only errors matter
+            warnings.simplefilter("ignore")  # torch warns about pickle protocols
             return torch.load(file, map_location="cpu", weights_only=True) if ours else _not_torch(start_of_file)
     except pickle.UnpicklingError as error:
         culprit = re.search(r"GLOBAL (\S+)", str(error))
@@ -264,7 +265,7 @@ def _read_pickle(file: Path) -> Any:
 
 
 def _require_not_inflated(file: Path) -> None:
-    """Raise ForeignError for a zip that would unpack to many times its size; torch.save does not compress."""
+    """Raise ForeignError for a zip file that unpacks to many times its size; torch.save never compresses."""
     with zipfile.ZipFile(file) as opened:
         unpacked = sum(entry.file_size for entry in opened.infolist())
     if unpacked > MOST_SHARED * file.stat().st_size + (1 << 20):

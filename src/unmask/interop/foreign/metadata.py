@@ -1,7 +1,7 @@
-"""Metadata stored with weights, validated before use: JSON files, headers, training arguments.
+"""The metadata of weights from other libraries: JSON files, file headers and training arguments.
 
-Every value that is used has a type and a range here; an invalid value raises an error that names the file, the key and
-the expected value.
+The classes define the type and range of every value that is used. An invalid value raises an error that names the file,
+the key and the expected value.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Classes = Annotated[list[str], Field(max_length=LARGEST)]
 
 
 class NetworkConfig(Outside):
-    """The used keys of transformers' config.json."""
+    """The keys of transformers' config.json that `unmask import` uses."""
 
     model_type: str | None = None
     hidden_size: Size | None = None
@@ -56,7 +56,7 @@ class NetworkConfig(Outside):
 
 
 class TimmData(Outside):
-    """`pretrained_cfg` in timm's config.json; timm's training arguments have the same keys."""
+    """The value of `pretrained_cfg` in timm's config.json; timm's training arguments have the same keys."""
 
     mean: Numbers | None = None
     std: Deviations | None = None
@@ -123,7 +123,7 @@ class TrainingArguments(Outside):
 class SourceMetadata:
     """Metadata of the weights: config.json, preprocessor_config.json, the training arguments, and unmask's own header.
 
-    exported: None for files that `unmask export` did not write.
+    exported: metadata written by `unmask export`, or None for files of other programs.
     """
 
     network: NetworkConfig = field(default_factory=NetworkConfig)
@@ -135,7 +135,7 @@ class SourceMetadata:
 def training_arguments(content: Any) -> tuple[TrainingArguments, tuple[str, ...]]:
     """Return the training arguments in a checkpoint, and the names of arguments with invalid values.
 
-    content: content of the file. Keys of SimMIM's configuration are renamed to MAE's.
+    content: the loaded checkpoint. Keys of SimMIM's configuration are renamed to MAE's.
     """
     if not isinstance(content, Mapping):
         return TrainingArguments(), ()

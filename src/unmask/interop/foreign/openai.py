@@ -28,13 +28,16 @@ OPENAI_LICENCE = "modified MIT (openai)"
 
 
 def image_gpt(state: Mapping[str, Tensor], metadata: SourceMetadata) -> Recognised:
-    """Read transformers' ImageGPT. Its matrices are transposed; the start token is the last row of the token table."""
+    """Read transformers' ImageGPT.
+
+    ImageGPT stores matrices transposed, and the start token as the last row of the token table.
+    """
     network = metadata.network
     names = Names({}, {})
     for name, value in state.items():
         short = name.removeprefix("transformer.")
         names.tensors[short], names.origin[short] = value, name
-    names.drop(r"h\.\d+\.attn\.(bias|masked_bias)")  # the causal mask in older files
+    names.drop(r"h\.\d+\.attn\.(bias|masked_bias)")  # older files contain the causal mask
     names.drop(r"score\.weight", "the classifier is left out: it is only the linear layer of a probe")
     tensors, ours, left = names.tensors, {}, []
     table = need(tensors, "wte.weight", 2)
@@ -90,13 +93,13 @@ def image_gpt(state: Mapping[str, Tensor], metadata: SourceMetadata) -> Recognis
         places=places,
         mean=(127.5,) * channels,
         std=(127.5,) * channels,
-        statistics="-1 to 1, as in iGPT; only the palette matters",
+        statistics="pixels from -1 to 1, as in iGPT; the encoder uses only the palette",
         notes=tuple(names.notes),
     )
 
 
 def _clusters(clusters: list[list[float]] | None, colours: int) -> Tensor:
-    """Return the palette (k, C) in units of 0..255 from the clusters of preprocessor_config.json, in [-1, 1]."""
+    """Convert the clusters of preprocessor_config.json, colours in -1..1, to a palette (k, C) in units of 0..255."""
     if clusters is None:
         raise ForeignError(
             "got an ImageGPT without its palette, the 'clusters' of preprocessor_config.json; put that file beside the "
@@ -112,11 +115,11 @@ def _clusters(clusters: list[list[float]] | None, colours: int) -> Tensor:
 
 
 DALLE_LAYERS = {"group_1": 1, "group_2": 4, "group_3": 7, "group_4": 10}
-"""Layer number of the first of the two blocks in a group."""
+"""The number of the layer here that corresponds to the first of the two blocks in each group of DALL-E's dVAE."""
 
 
 def dalle(state: Mapping[str, Tensor]) -> Recognised:
-    """Read OpenAI's dVAE. state: published names with the prefixes `encoder.` and `decoder.`."""
+    """Read OpenAI's dVAE. state: tensors by their published names, prefixed with `encoder.` or `decoder.`."""
     parts = {name.split(".")[0] for name in state}
     if parts != {"encoder", "decoder"}:
         raise ForeignError(
@@ -142,7 +145,10 @@ def dalle(state: Mapping[str, Tensor]) -> Recognised:
 
 
 def _dalle_place(name: str) -> str | None:
-    """Rename encoder.blocks.group_2.block_1.res_path.conv_3.w to encoder.hidden.4.layers.5.weight, or return None."""
+    """Rename, for example, encoder.blocks.group_2.block_1.res_path.conv_3.w to encoder.hidden.4.layers.5.weight.
+
+    Returns None for a name that OpenAI's dVAE does not have.
+    """
     match = re.fullmatch(r"(encoder|decoder)\.blocks\.(.+)\.([wb])", name)
     if match is None:
         return None

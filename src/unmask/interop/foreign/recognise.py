@@ -1,12 +1,14 @@
-"""Identify the network of a state dict, and rename its tensors to unmask's names. Reads no files.
+"""Identify the network of a state dict, and rename its tensors to unmask's names; no files are read.
 
-    official MAE     facebookresearch/mae: encoder, encoder and decoder, fine-tuned BEiT             microsoft/unilm:
-    pre-trained, fine-tuned SimMIM           microsoft/SimMIM, with a ViT: pre-trained timm             plain vision
-    transformers; its BEiT has the official names transformers     ViTMAE, ViT, BEiT and ImageGPT, with the names used
-    in files or in memory DALL-E           the dVAE of openai/DALL-E, encoder and decoder together
+    official MAE     facebookresearch/mae: encoder, encoder and decoder, fine-tuned
+    BEiT             microsoft/unilm: pre-trained, fine-tuned
+    SimMIM           microsoft/SimMIM, with a ViT: pre-trained
+    timm             plain vision transformers; timm's BEiT has the official names
+    transformers     ViTMAE, ViT, BEiT and ImageGPT, with the names used in files or in memory
+    DALL-E           the dVAE of openai/DALL-E, encoder and decoder together
 
-Nothing is guessed: a tensor that is missing, unknown or of another shape is an error, and parts that are left out on
-purpose are reported. Settings that cannot be read from the weights (mostly the number of heads) come from config.json,
+A tensor that is missing, unknown or of another shape raises an error, and parts that are left out on purpose are
+reported. Settings that cannot be read from the weights (mostly the number of heads) come from config.json,
 from the published sizes, or from the user.
 
 Letters: D width, C channels, N patches.
@@ -31,7 +33,7 @@ from unmask.interop.names import from_transformers
 def recognise(state: Mapping[str, Tensor], metadata: SourceMetadata | None = None) -> Recognised:
     """Identify the network of a state dict and rename its tensors. Raises ForeignError for an unknown network.
 
-    metadata: the metadata found with the weights.
+    metadata: metadata that was stored with the weights.
     """
     metadata = metadata or SourceMetadata()
     training, known = metadata.training, {}
@@ -55,7 +57,7 @@ def recognise(state: Mapping[str, Tensor], metadata: SourceMetadata | None = Non
 def share_of(preprocessor: Preprocessor) -> float | None:
     """Return the size of the evaluation crop as a share of the image's shorter side.
 
-    Returns 1 for a preprocessor that does not crop, and None if the preprocessor does not specify it.
+    Returns 1 for a preprocessor that does not crop, and None for one that does not specify the crop.
     """
     if preprocessor.crop_pct is not None:
         return preprocessor.crop_pct
@@ -75,7 +77,7 @@ def _kind_of(state: Mapping[str, Tensor], metadata: SourceMetadata) -> Recognise
         return dalle(state)
     if any(name.endswith("embeddings.patch_embeddings.projection.weight") for name in names):
         return recognise_vit(from_transformers(state), metadata)
-    if {"encoder.patch_embed.proj.weight", "decoder.0.weight"} <= names:  # official SimMIM with its head
+    if {"encoder.patch_embed.proj.weight", "decoder.0.weight"} <= names:  # official SimMIM with its pixel head
         state = {name.removeprefix("encoder."): value for name, value in state.items()}
         names = set(state)
     if "patch_embed.proj.weight" in names:

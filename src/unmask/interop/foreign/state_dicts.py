@@ -20,7 +20,7 @@ HALVES = (127.5, 127.5, 127.5), (127.5, 127.5, 127.5)
 WRAPPERS = ("model", "state_dict", "model_state_dict", "module")
 EXPORT_METADATA = "unmask_imprint"
 """Key of unmask's own metadata in files of other formats."""
-DEEPEST_WRAPPER = 8  # ends the search in a pickle that contains itself
+DEEPEST_WRAPPER = 8  # limit on nested wrappers, for a pickle that contains itself
 PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.", "encoder.")
 SIZES = {(192, 12): "Ti", (384, 12): "S", (768, 12): "B", (1024, 24): "L", (1280, 32): "H"}
 UNKNOWN_LICENCE = "not in the file; see the page it was downloaded from"
@@ -31,10 +31,12 @@ class Recognised:
     """A recognised state dict.
 
     method: settings of the corresponding unmask method, without `heads` if unknown. weights: tensors under unmask's
-    names, float32. channels, patch, grid: the images that the network was trained on; grid is None for an unknown
-    rectangle. mean, std: normalisation in units of 0..255, or None if none was published for this number of channels.
-    statistics: the origin of mean and std. notes: sentences about parts that were left out or assumed. eval_share: the
-    evaluation crop as a share of the image's shorter side, or None if unknown.
+    names, float32. channels, patch, grid: number of channels, size of a patch in pixels, and rows and columns of
+    patches of the images that the network was trained on; grid is None if the weights do not determine it. places:
+    number of patches with position embeddings, or 0. mean, std: normalisation in units of 0..255, or None if none was
+    published for this number of channels. statistics: where mean and std were found. notes: sentences about parts that
+    were left out or assumed. eval_share: the evaluation crop as a share of the image's shorter side, or None if
+    unknown.
     """
 
     kind: str
@@ -53,7 +55,7 @@ class Recognised:
 
     @property
     def name(self) -> str:
-        """The kind and sizes, such as 'official MAE, full or visualise: ViT-B/16 at 224, decoder 8 x 512'."""
+        """Kind and sizes of the network, such as 'official MAE, full: ViT-B/16 at 224, decoder 8 x 512'."""
         encoder, size = self.method["encoder"], ""
         if self.grid is not None:
             height, width = (cells * side for cells, side in zip(self.grid, self.patch, strict=True))
@@ -61,7 +63,6 @@ class Recognised:
         if "codes" in encoder:
             return f"{self.kind}: {encoder['codes']} codes, width {encoder['width']}"
         if "colours" in encoder:
-            at = f" at {size}" if size else ""
             at = f" at {size}" if size else ""
             return f"{self.kind}: {encoder['depth']} x {encoder['width']}, {encoder['colours']} colours{at}"
         patch = f"{self.patch[0]}" if self.patch[0] == self.patch[1] else f"{self.patch[0]}x{self.patch[1]}"
@@ -77,14 +78,14 @@ class Recognised:
 
 @dataclass
 class Names:
-    """A state dict under official names, with the names in the file in `origin`."""
+    """A state dict under official names. origin: the name in the file for every official name."""
 
     tensors: dict[str, Tensor]
     origin: dict[str, str]
     notes: list[str] = field(default_factory=list)
 
     def drop(self, pattern: str, note: str = "") -> bool:
-        """Drop tensors whose full name matches `pattern`; return whether there were any. note: reason for the user."""
+        """Drop tensors whose full names match `pattern`; return whether there were any. note: text for the user."""
         gone = [name for name in self.tensors if re.fullmatch(pattern, name)]
         for name in gone:
             del self.tensors[name]
@@ -99,7 +100,8 @@ class Names:
 def unwrap(content: Any) -> dict[str, Tensor]:
     """Return the state dict of a checkpoint, removing wrappers such as 'model' and prefixes such as 'module.'.
 
-    Raises ForeignError if there is none. Other content (optimiser, epoch, arguments) is left out.
+    Other content of the checkpoint (optimiser, epoch, arguments) is left out. Raises ForeignError for a checkpoint
+    without tensors.
     """
     for _ in range(DEEPEST_WRAPPER):
         if not isinstance(content, Mapping) or any(isinstance(value, Tensor) for value in content.values()):
@@ -141,7 +143,7 @@ def need(tensors: Mapping[str, Tensor], name: str, dims: int | None = None) -> T
 
 
 def first_sizes(tensors: Mapping[str, Tensor]) -> tuple[int, tuple[int, int], int]:
-    """Return (width, patch, channels) of the patch projection."""
+    """Return the width, the patch size (height, width) and the channels of the patch projection."""
     width, channels, height, across = need(tensors, "patch_embed.proj.weight", 4).shape
     if tensors["cls_token"].shape[-1] != width:
         raise ForeignError(
@@ -152,7 +154,7 @@ def first_sizes(tensors: Mapping[str, Tensor]) -> tuple[int, tuple[int, int], in
 
 
 def count_blocks(tensors: Mapping[str, Tensor], blocks: str) -> int:
-    """Count the blocks. Raises ForeignError if there are none or a number is missing."""
+    """Count the transformer blocks. Raises ForeignError if there are none or their numbers have a gap."""
     numbers = {int(match[1]) for name in tensors if (match := re.match(rf"{re.escape(blocks)}\.(\d{{1,9}})\.", name))}
     expected = max(numbers, default=0) + 1
     if len(numbers) != expected:
@@ -167,13 +169,13 @@ def count_blocks(tensors: Mapping[str, Tensor], blocks: str) -> int:
 
 
 def root(number: int) -> int:
-    """Return the square root, or 0 if it is not an integer."""
+    """Return the square root of a number, or 0 if the root is not an integer."""
     root = math.isqrt(max(0, number))
     return root if root * root == number else 0
 
 
 def require_same(key: str, stated: Any, found: Any) -> None:
-    """Raise ForeignError if the value in config.json (`stated`, None if absent) differs from that of the tensors."""
+    """Raise ForeignError if a value stated in config.json (None if absent) differs from that of the tensors."""
     if stated is not None and stated != found:
         raise ForeignError(
             f"config.json states {key}={stated}, but the tensors have {found}; the two files belong to different models"

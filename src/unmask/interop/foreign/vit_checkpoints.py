@@ -34,7 +34,7 @@ from unmask.interop.names import to_ours
 
 HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}
 DECODER_HEADS = {512: 16}
-"""Heads of published encoders and of MAE's decoder, by width."""
+"""Number of heads of published encoders (HEADS) and of MAE's decoder (DECODER_HEADS), by width."""
 MAE_LICENCE = "CC-BY-NC 4.0 (facebookresearch/mae): not for commercial use"
 BEIT_LICENCE = "MIT (microsoft/unilm)"
 SIMMIM_LICENCE = "MIT (microsoft/SimMIM)"
@@ -49,7 +49,7 @@ FOREIGN_PARTS = {
     r"attn_pool\..+": "attention pooling",
     r"patch_embed\.(backbone|norm|proj\.\d+)\..+": "a stem that is not a single convolution",
 }
-"""Descriptions of unsupported parts of vision transformers, by the pattern of their names."""
+"""Unsupported parts of vision transformers: patterns of their tensor names, with descriptions."""
 
 
 def recognise_vit(names: Names, metadata: SourceMetadata) -> Recognised:
@@ -105,7 +105,7 @@ def recognise_vit(names: Names, metadata: SourceMetadata) -> Recognised:
         hidden = training.num_mask_patches
         if method["name"] == "beit" and hidden is not None and places and grid is not None:
             method["mask_ratio"] = hidden / (grid[0] * grid[1])
-            names.notes.append(f"training hid {hidden} of {grid[0] * grid[1]} patches")
+            names.notes.append(f"in training, {hidden} of {grid[0] * grid[1]} patches were hidden")
     weights = to_ours(names, method["name"])
     licence = BEIT_LICENCE if beit else MAE_LICENCE if full or encoder["positions"] == "sincos" else UNKNOWN_LICENCE
     if transformers:
@@ -131,7 +131,10 @@ def recognise_vit(names: Names, metadata: SourceMetadata) -> Recognised:
 
 
 def _with_pixel_head(names: Names) -> bool:
-    """Whether this is official SimMIM; if so, convert its 1 x 1 convolution and pixel shuffle to a linear layer."""
+    """Return whether tensors are from official SimMIM; if so, convert its pixel head to a linear layer.
+
+    SimMIM's pixel head is a 1 x 1 convolution followed by a pixel shuffle.
+    """
     tensors = names.tensors
     weight, projection = tensors.get("decoder.0.weight"), tensors.get("patch_embed.proj.weight")
     if weight is None or projection is None or "mask_token" not in tensors or projection.ndim != 4:
@@ -139,7 +142,7 @@ def _with_pixel_head(names: Names) -> bool:
     width, channels, height, across = projection.shape
     if weight.shape != (channels * height * across, width, 1, 1) or tensors["decoder.0.bias"].ndim != 1:
         return False
-    # The pixel shuffle has the order (channel, row, column), a patch vector here (row, column, channel).
+    # The outputs of the convolution have the order (channel, row, column); patch vectors here (row, column, channel).
     shape = (channels, height, across)
     tensors["head.weight"] = tensors.pop("decoder.0.weight").view(*shape, width).permute(1, 2, 0, 3).flatten(0, 2)
     tensors["head.bias"] = tensors.pop("decoder.0.bias").view(*shape).permute(1, 2, 0).flatten()
@@ -147,7 +150,7 @@ def _with_pixel_head(names: Names) -> bool:
 
 
 def _simmim_masks(names: Names, patch: tuple[int, int], training: TrainingArguments) -> dict[str, Any]:
-    """Return the settings of the patch masks: the size of cells in patches, and the share of hidden cells."""
+    """Return SimMIM's settings of patch masks: `mask_cell` (size of a cell in patches) and `mask_ratio`."""
     pixels, ratio = training.mask_patch_size or 32, training.mask_ratio or 0.6
     origin = "from the training's configuration" if training.mask_patch_size else "SimMIM's defaults, not in the file"
     names.notes.append(f"patch masks have cells of {pixels} pixels, {ratio:.0%} of them hidden ({origin})")
@@ -166,16 +169,16 @@ def _prepare(names: Names) -> None:
         if all(part is not None for part in apart):
             tensors[fused] = torch.cat([part for part in apart if part is not None])
         if fused not in tensors:
-            continue  # reported later with all missing tensors
+            continue  # `require_whole` later reports all missing tensors
         third = len(tensors[fused]) // 3
         parts = [pop_first(tensors, f"{prefix}{part}.bias", f"{prefix}{part}_bias") for part in "qkv"]
         if any(part is not None for part in parts) or f"{prefix}qkv.bias" not in tensors:
-            # A missing bias is zero; a bias of the keys would cancel in the softmax.
+            # A missing bias is set to zero. Keys need no bias, because it would cancel in the softmax.
             tensors[f"{prefix}qkv.bias"] = torch.cat([torch.zeros(third) if part is None else part for part in parts])
 
 
 def _ratio(tensors: Mapping[str, Tensor], mlp: str, width: int) -> float:
-    """Return the ratio of hidden width to width for which int(width * ratio) is exactly the hidden width."""
+    """Return `mlp_ratio`: the hidden width divided by `width`, such that int(width * mlp_ratio) is the hidden width."""
     hidden, back = len(need(tensors, f"{mlp}.fc1.weight", 2)), need(tensors, f"{mlp}.fc2.weight", 2).shape[1]
     if hidden != back:
         raise ForeignError(
@@ -186,9 +189,10 @@ def _ratio(tensors: Mapping[str, Tensor], mlp: str, width: int) -> float:
 
 
 def _places(names: Names, network: NetworkConfig, patch: tuple[int, int]) -> tuple[int, tuple[int, int] | None]:
-    """Return (N, grid) of the position embeddings, or N = 0 with only a relative position bias. grid: None if unknown.
+    """Return the number of patches with position embeddings, and the rows and columns of patches (None if unknown).
 
-    If the embeddings have no row for the class token (timm's no_embed_class), a row of zeros is added.
+    The number is 0 for a network with only a relative position bias. If the embeddings have no row for the class token
+    (timm's no_embed_class), a row of zeros is added.
     """
     tensors, stated = names.tensors, None
     if network.image_size is not None:
@@ -199,7 +203,7 @@ def _places(names: Names, network: NetworkConfig, patch: tuple[int, int]) -> tup
         table = need(tensors, "pos_embed", 3)
         rows = table.shape[1]
         with_class = is_sincos(table) or (stated is not None and stated[0] * stated[1] == rows - 1)
-        if root(rows) and not with_class:  # 25 rows are 5 x 5 patches, or 4 x 6 and the class token
+        if root(rows) and not with_class:  # 25 rows can be 5 x 5 patches, or 4 x 6 patches and the class token
             tensors["pos_embed"] = table = torch.cat([torch.zeros_like(table[:, :1]), table], 1)
         places = table.shape[1] - 1
         if stated is not None and stated[0] * stated[1] != places:
@@ -217,7 +221,7 @@ def _places(names: Names, network: NetworkConfig, patch: tuple[int, int]) -> tup
 
 
 def is_sincos(table: Tensor) -> bool:
-    """Whether positions (1, 1 + N, D) are fixed sine-cosine embeddings: the squares of each pair sum to 1."""
+    """Whether position embeddings (1, 1 + N, D) are sines and cosines: in each pair, the squares sum to 1."""
     quarters = table[0, 1:].unflatten(-1, (2, 2, -1)) if table.shape[-1] % 4 == 0 else None
     if quarters is None or table[0, 0].abs().max() > 1e-3:
         return False
@@ -238,7 +242,7 @@ def _require_config(network: NetworkConfig, encoder: Mapping[str, Any], channels
 
 @dataclass(frozen=True)
 class Normalisation:
-    """Mean and standard deviation per channel in units of 0..255 (None if unknown), and their origin."""
+    """The mean and standard deviation per channel in units of 0..255 (None if unknown), and where they were found."""
 
     mean: tuple[float, ...] | None
     std: tuple[float, ...] | None
@@ -246,7 +250,10 @@ class Normalisation:
 
 
 def normalisation_of(metadata: SourceMetadata, channels: int, *, halves: bool) -> Normalisation:
-    """Return the normalisation in the metadata, or else the published one. halves: use BEiT's 0.5 and 0.5."""
+    """Return the normalisation stated in the metadata, or else the published one.
+
+    halves: whether the published mean and std are BEiT's 0.5 and 0.5, instead of ImageNet's.
+    """
     found, training = metadata.preprocessor, metadata.training
     for key, values in (("image_mean", found.image_mean), ("image_std", found.image_std)):
         if values is not None and len(values) != channels:
@@ -298,8 +305,9 @@ def _with_decoder(
         method["target"] = "norm_pixels" if training.norm_pix_loss else "pixels"
         return "full", method
     names.notes.append(
-        "the decoder is taken to predict pixels normalised within each patch, like the official full files; one of the "
-        "visualise files predicts plain pixels, which cannot be detected: for this file use --set method.target=pixels"
+        "the decoder is taken to predict pixels normalised within each patch, as in the official full files; one of "
+        "the visualise files predicts plain pixels, which its weights do not reveal: for that file, use --set "
+        "method.target=pixels"
     )
     return "full or visualise", method
 
@@ -310,7 +318,7 @@ def _with_head(names: Names, encoder: dict[str, Any], network: NetworkConfig) ->
     labels = network.id2label or network.label_names or {}
     texts = [str(labels[key]) for key in sorted(labels, key=int)] if isinstance(labels, Mapping) else list(labels)
     classes = texts if len(texts) == count else [f"class {number}" for number in range(count)]
-    # Duplicate names (ImageNet has two classes called crane) get their number, to keep labels distinct.
+    # The class number is appended to duplicate names (ImageNet has two classes called crane) to keep them distinct.
     classes = [name if classes.count(name) == 1 else f"{name} ({number})" for number, name in enumerate(classes)]
     names.drop("mask_token")
     _plain_norm(names)
@@ -318,7 +326,7 @@ def _with_head(names: Names, encoder: dict[str, Any], network: NetworkConfig) ->
 
 
 def _encoder_only(names: Names, encoder: dict[str, Any], *, beit: bool) -> tuple[str, dict[str, Any]]:
-    """Return the kind and settings of an encoder without a supported task, or of a BEiT, which needs a tokenizer."""
+    """Return the kind and settings of a pre-trained BEiT, or of an encoder whose head, if any, is not supported."""
     if beit and "lm_head.weight" in names.tensors and "mask_token" in names.tensors:
         names.drop(r"(fc_norm|head)\..+")
         return "pre-trained", {"name": "beit", "encoder": encoder}
@@ -342,7 +350,7 @@ def _plain_norm(names: Names) -> None:
     width = len(tensors["fc_norm.weight"])
     tensors |= {"norm.weight": torch.ones(width), "norm.bias": torch.zeros(width)}
     names.notes.append(
-        "it has no norm after the last block, so embed and probe use tokens normalised with gain 1 and bias 0"
+        "the network has no norm after the last block, so embed and probe use tokens normalised with gain 1 and bias 0"
     )
 
 
@@ -352,7 +360,7 @@ def _family(network: NetworkConfig, *, beit: bool, full: bool) -> str:
 
 
 def _official(kind: str, encoder: Mapping[str, Any], licence: str, *, beit: bool, full: bool) -> tuple[str, str]:
-    """Return (kind, licence) of a checkpoint under official names, which several networks use."""
+    """Return (kind, licence) of a checkpoint under official names, which MAE, BEiT and timm share."""
     if beit:
         return f"BEiT, {kind}", licence
     if full or encoder["positions"] == "sincos":

@@ -11,7 +11,7 @@ from unmask.methods.mae import MAE
 
 
 def to_hf_pretraining(loaded: Loaded) -> ExportedModel:
-    """Convert the whole pre-training method. Raises ExportError if transformers has no model for it."""
+    """Convert the whole pre-training method. Raises ExportError if transformers has no model for the method."""
     exported = to_transformers(loaded, whole=True)
     if isinstance(loaded.method, (MAE, BEiT, IGPT)) and exported.whole:
         return exported

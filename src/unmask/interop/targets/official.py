@@ -1,7 +1,7 @@
 """A .pth file for the official MAE code: {"model": state dict}, for its models_mae or models_vit.
 
 The model is models_mae.MaskedAutoencoderViT if it can represent encoder and decoder, otherwise
-models_vit.VisionTransformer. The position embeddings of both include the class token, which is the first token.
+models_vit.VisionTransformer. In both models, as here, the class token is the first token and has a position embedding.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from unmask.nn.masks import Mask
 
 
 def to_official(loaded: Loaded) -> ExportedModel:
-    """Convert to official MAE: encoder and decoder, encoder only, or fine-tuned."""
+    """Convert a run to a model of official MAE: encoder and decoder, encoder only, or a fine-tuned classifier."""
     encoder, settings = vit_of(loaded, "official MAE"), loaded.config.method.model_dump()["encoder"]
     method, spec = loaded.method, loaded.plan.images
     if not is_plain(encoder, settings):
@@ -112,7 +112,7 @@ def to_official(loaded: Loaded) -> ExportedModel:
 
 
 def against_models_mae(model: Any, method: MAE, images: Tensor) -> float:
-    """Compare features of all patches, and the prediction under the patch mask drawn by the official code."""
+    """Return the largest difference from models_mae, in features of all patches and in predictions under its mask."""
     tokens, _, back = model.forward_encoder(normalised(method.encoder, images), 0.0)
     patches = tokens[:, 1:].gather(1, back[..., None].expand(-1, -1, tokens.shape[2]))
     whole = torch.cat([tokens[:, :1], patches], 1)

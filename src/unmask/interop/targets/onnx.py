@@ -10,7 +10,7 @@ from unmask.interop.onnx_graph import encoder_graph
 def to_onnx(loaded: Loaded) -> ExportedModel:
     """Convert the encoder to a graph whose input has the dtype of the image files.
 
-    A runtime then rejects float input, which is usually scaled to 0..1 and would silently give other features.
+    A runtime then rejects float images, which are usually scaled to 0..1 and would silently give wrong features.
     """
     return encoder_graph(loaded, loaded.plan.images.dtype)
 

@@ -8,7 +8,7 @@ from unmask.interop.onnx_graph import encoder_graph
 
 
 def to_onnx_float(loaded: Loaded) -> ExportedModel:
-    """Convert the encoder to a graph with float32 input, for runtimes and pipelines that support no other."""
+    """Convert the encoder to a graph with float32 input, for runtimes and pipelines that support only float32."""
     return encoder_graph(loaded, "float32")
 
 

@@ -41,7 +41,7 @@ def to_safetensors(loaded: Loaded) -> ExportedModel:
 
 
 def without_folders(value: Any) -> Any:
-    """Return settings with every path shortened to its last part."""
+    """Return settings in which every path is shortened to its last part."""
     if isinstance(value, dict):
         return {key: without_folders(each) for key, each in value.items()}
     if isinstance(value, list):

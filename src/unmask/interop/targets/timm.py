@@ -1,7 +1,7 @@
 """One .safetensors file for timm's VisionTransformer or Beit.
 
-Beit is used for an encoder with a relative position bias, or without position embeddings. The position embeddings of
-both include the class token, which is the first token.
+Beit is used for an encoder with a relative position bias, or without position embeddings. In both models, as here, the
+class token is the first token and has a position embedding.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from unmask.interop.foreign.state_dicts import EXPORT_METADATA
 
 
 def to_timm(loaded: Loaded) -> ExportedModel:
-    """Convert to timm's VisionTransformer or Beit."""
+    """Convert a run to timm's VisionTransformer or Beit."""
     encoder, settings = vit_of(loaded, "timm"), loaded.config.method.model_dump()["encoder"]
     method, spec = loaded.method, loaded.plan.images
     beit = bool(settings["relative_bias"]) or encoder.pos_embed is None
@@ -46,7 +46,7 @@ def to_timm(loaded: Loaded) -> ExportedModel:
         "global_pool": "avg" if classifier else "token",
     }  # fmt: skip
     if beit or settings["layer_scale"] is not None:
-        kwargs["init_values"] = settings["layer_scale"] or 0.0  # None would mean timm's default
+        kwargs["init_values"] = settings["layer_scale"] or 0.0  # with None, timm would use its default
     if beit:
         kwargs["use_abs_pos_emb"] = encoder.pos_embed is not None
         kwargs["use_rel_pos_bias"] = bool(settings["relative_bias"])
@@ -87,9 +87,10 @@ def to_timm(loaded: Loaded) -> ExportedModel:
 
 
 def each_with_its_own(weights: dict[str, Tensor], depth: int) -> dict[str, Tensor]:
-    """Copy a relative position bias shared by all blocks to every block, which is equivalent.
+    """Copy a relative position bias that all blocks share to every block, which gives the same outputs.
 
-    timm also supports a shared bias, but the content of such a file depends on its version (an index before 1.0.24).
+    timm also supports a shared bias, but only versions before 1.0.24 also expect an index of relative positions in the
+    file.
     """
     name = "encoder.relative_bias.table"
     if name not in weights:
