@@ -496,8 +496,11 @@ def test_pre_training_gets_two_thirds_of_the_budget(data, tmp_path, monkeypatch)
         ({"shots": 11}, r"got --shots 11, but class .* has only 10"),
         ({"recipe": "mae_nanoo"}, r"recipe 'mae_nanoo' is not known"),
         ({"table": "family", "recipe": "mae_nano"}, r"every method of the family has its own recipe"),
-        ({"tokenizer": "runs/a"}, r"--tokenizer was given, but no cell of table 1a needs one"),
-        ({"table": "fig9", "tokenizer": "runs/a"}, r"--tokenizer was given, but no cell of table fig9 needs one"),
+        ({"tokenizer": "runs/a"}, r"--tokenizer was given, but no cell of table 1a needs a tokenizer"),
+        (
+            {"table": "fig9", "tokenizer": "runs/a"},
+            r"--tokenizer was given, but no cell of table fig9 needs a tokenizer",
+        ),
     ],
 )
 def test_invalid_requests_are_rejected_before_training(data, tmp_path, monkeypatch, change, message):
@@ -583,9 +586,9 @@ def test_agreement_counts_pairs_and_names_those_within_the_noise():
     assert found.within_noise == ("c over b",)
     assert found.against == ("b over d", "c over d")
     assert found.sentence == (
-        "4 of 6 pairs of cells are in the paper's order (linear probe). Among the 5 pairs whose difference is larger "
-        "than the noise, 3 are. Clearly in the opposite order (the paper ranks b over d; c over d). Within the noise, "
-        "in the paper's order: c over b."
+        "4 of 6 pairs of cells are in the paper's order (linear probe). Of the 5 pairs whose difference is larger "
+        "than the noise, 3 are in the paper's order. Clearly in the opposite order (the paper ranks b over d; c over "
+        "d). Within the noise, in the paper's order: c over b."
     )
 
 

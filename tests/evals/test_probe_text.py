@@ -35,9 +35,9 @@ CLS, RANDOM, RAW = (PRETRAINED, "cls"), (RANDOM_INIT, "cls"), (RAW_PIXELS, "pixe
 @pytest.mark.parametrize(
     ("shares", "says"),
     [
-        ({CLS: 0.8}, "KNN_SCORE. Whether pre-training helped is not known from this: probe again with --controls."),
-        ({CLS: 0.11}, "which is indistinguishable from chance. Whether pre-training helped is not known"),
-        ({CLS: 0.11, RANDOM: 0.1, RAW: 0.12}, "No verdict: everything is near chance level."),
+        ({CLS: 0.8}, "KNN_SCORE. Probe again with --controls to find out whether pre-training helped."),
+        ({CLS: 0.11}, "which is indistinguishable from chance. Probe again with --controls"),
+        ({CLS: 0.11, RANDOM: 0.1, RAW: 0.12}, "No verdict: all scores are near chance level."),
         ({CLS: 0.8, RANDOM: 0.5, RAW: 0.6}, "Pre-training helps. KNN_SCORE: 20.0 points more than raw pixels (60.0%)"),
         ({CLS: 0.8, RANDOM: 0.5}, "Better than the same encoder untrained. KNN_SCORE: 30.0 points more than the same"),
         ({CLS: 0.8, RANDOM: 0.9, RAW: 0.6}, "Pre-training does not help here."),
