@@ -140,7 +140,7 @@ def test_the_output_layers_of_a_block_are_scaled_by_depth():
 )
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
 def test_gradient_reaches_the_optional_parts_of_the_encoder(options, precision):
-    """test_contract.py tests the nano recipe, which has none of these parts."""
+    """test_contract.py tests the nano recipe, which has no learned positions, relative bias or LayerScale."""
     torch.manual_seed(0)
     method, batch = beit(encoder=options), batch_of()
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):

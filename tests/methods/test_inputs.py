@@ -181,7 +181,7 @@ def test_class_maps_of_ones_and_zeros_are_accepted():
 def test_unknown_or_wrong_scale_is_rejected():
     images = torch.zeros(1, 3, 16, 16)
     with pytest.raises(UserError, match='expected None, "data" or "unit"'):
-        inspect.unwrap(in_data_units)(images, PHOTOGRAPHS, "0..1")  # unwrap avoids the type checks of the tests
+        inspect.unwrap(in_data_units)(images, PHOTOGRAPHS, "0..1")  # unwrap removes the type checks that the tests add
     with pytest.raises(UserError, match="expected floats"):
         in_data_units(images.to(torch.uint8), PHOTOGRAPHS, "unit")
     with pytest.raises(UserError, match="values from 0 to 200"):

@@ -93,10 +93,10 @@ def test_a_batch_without_any_valid_pixel_has_loss_zero(method):
 def test_the_loss_ignores_absent_pixels(method):
     """Different targets in absent pixels do not change the loss, but would change it without `valid`."""
     if not hasattr(method, "target"):
-        return  # methods without targets: see the gradient test
+        return  # the gradient test covers methods without targets
     target = method.target
     by_value = not isinstance(target, Tokens | PrincipalComponents)
-    batch = with_holes(method, 6 if by_value else 8)  # the edge of the absent part is in a patch or between two
+    batch = with_holes(method, 6 if by_value else 8)  # the edge is inside a patch or between patches
     kept, full = loss(method, batch), loss(method, replace(batch, valid=None))
     if isinstance(target, Tokens):
         ids = target.forward

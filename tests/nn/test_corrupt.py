@@ -1,4 +1,4 @@
-"""Corruptions: share and values of the corrupted components; the rest is bit-equal."""
+"""Corruptions: share and values of the corrupted components; all other values are bit-equal."""
 
 import pytest
 import torch

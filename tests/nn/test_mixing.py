@@ -1,4 +1,4 @@
-"""Mixup and cutmix: images and targets have the same ratio, and nothing is mixed without alpha."""
+"""Mixup and cutmix: images and targets are mixed with the same ratio, and nothing is mixed if alpha is 0."""
 
 import numpy as np
 import pytest

@@ -25,13 +25,14 @@ def shared_area(a: Float[Tensor, "*n 4"], b: Float[Tensor, "*m 4"]) -> Float[Ten
 
 
 def pairwise_iou(a: Float[Tensor, "n 4"], b: Float[Tensor, "m 4"]) -> Float[Tensor, "n m"]:
-    """Intersection over union of every box in `a` with every box in `b`, 0 to 1."""
+    """Return the intersection over union, 0 to 1, of every box in `a` with every box in `b`."""
     both = shared_area(a[:, None], b[None])
     return both / (area(a)[:, None] + area(b)[None] - both).clamp(min=TINY)
 
 
 def giou(a: Float[Tensor, "*n 4"], b: Float[Tensor, "*n 4"]) -> Float[Tensor, "*n"]:
-    """Generalised intersection over union of each box in `a` with its counterpart in `b` (Rezatofighi et al. 2019).
+    """Return the generalised intersection over union of each box in `a` with its counterpart in `b` (Rezatofighi et al.
+    2019).
 
     Equal boxes have the value 1. For boxes without overlap the value is negative and falls towards -1 with growing
     distance, so its gradient is not zero. The value does not depend on the units of the boxes, which may differ between

@@ -60,7 +60,9 @@ class ConvVAEConfig(EncoderConfig):
 
 
 class Residual(nn.Module):
-    """Residual block, x + gain * layers(x); the skip connection is a 1 x 1 convolution where widths differ."""
+    """A residual block, which computes x + gain * layers(x); the skip connection is a 1 x 1 convolution where widths
+    differ.
+    """
 
     def __init__(self, inside: int, outside: int, kernels: tuple[int, ...], gain: float) -> None:
         super().__init__()

@@ -46,7 +46,7 @@ class CrossAttention(nn.Module):
 
 
 class CrossBlock(nn.Module):
-    """x + CrossAttention(norm x, seen), then x + MLP(norm x). `seen`: the encoder's tokens, already normalised."""
+    """Compute x + CrossAttention(norm x, seen), then x + MLP(norm x). `seen`: normalised encoder tokens."""
 
     def __init__(self, width: int, heads: int, seen_width: int, mlp_ratio: float = 4.0) -> None:
         super().__init__()

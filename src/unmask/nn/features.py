@@ -17,11 +17,11 @@ class Features(NamedTuple):
 
     @property
     def pooled(self) -> Float[Tensor, "B D"]:
-        """The mean of the patch tokens, without the class token."""
+        """Return the mean of the patch tokens, without the class token."""
         return self.patches.mean(1)
 
     @property
     def map(self) -> Float[Tensor, "B D R C"]:
-        """The patch tokens as a dense feature map (B, D, rows, cols)."""
+        """Return the patch tokens as a dense feature map (B, D, rows, cols)."""
         b, _, d = self.patches.shape
         return self.patches.transpose(1, 2).reshape(b, d, *self.grid)

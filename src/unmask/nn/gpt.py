@@ -56,7 +56,7 @@ class GPTConfig(EncoderConfig):
 
 
 class Norm(nn.Module):
-    """x / sqrt(mean of x^2 + eps), times a gain."""
+    """RMSNorm: compute x / sqrt(mean of x^2 + eps), times a learned gain."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -110,7 +110,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention(norm x), then x + MLP(norm x). Initial weights have the published standard deviations."""
+    """Compute x + attention(norm x), then x + MLP(norm x). Initial weights have the published standard deviations."""
 
     def __init__(self, width: int, heads: int, depth: int, *, causal: bool) -> None:
         super().__init__()

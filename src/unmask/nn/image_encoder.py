@@ -20,7 +20,7 @@ from unmask.settings import Settings
 
 
 class EncoderConfig(Settings):
-    """Base of the settings of every encoder."""
+    """Base class of the settings of all encoders."""
 
     @property
     def patch_size(self) -> tuple[int, int] | None:

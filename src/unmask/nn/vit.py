@@ -37,7 +37,7 @@ Pair = Annotated[tuple[PositiveInt, PositiveInt], BeforeValidator(_pair)]
 
 
 class ViTConfig(EncoderConfig):
-    """Size of a vision transformer. `patch` is (height, width) in pixels; heads must divide width.
+    """Settings of a vision transformer. `patch` is (height, width) in pixels; heads must divide width.
 
     positions: MAE's fixed sine-cosine table, a learned one (ViT, BEiT's paper), or absent. relative_bias: one relative
     position bias for all blocks (BEiT's code), or one for each (its fine-tuning). layer_scale: initial value of BEiT's
@@ -140,7 +140,7 @@ class ViT(ImageEncoder):
     ) -> Float[Tensor, "B K D"]:
         """Add positions to tokens as `embed` does, for mask tokens, which replace projected patches."""
         if self.pos_embed is None:
-            return tokens.to(self.cls_token.dtype)  # the dtype of a sum with positions, also under autocast
+            return tokens.to(self.cls_token.dtype)  # the dtype of tokens + positions, also under autocast
         table = positions.resize(self.pos_embed[:, 1:], self.grid, grid or self.grid)
         return tokens + (table if where is None else take(table.expand(tokens.shape[0], -1, -1), where))
 
@@ -165,7 +165,8 @@ class ViT(ImageEncoder):
         grid: tuple[int, int] | None = None,
         paths: Float[Tensor, "L 2 B 1 1"] | None = None,
     ) -> Iterator[Float[Tensor, "B K1 D"]]:
-        """As `run`, but yield the input of the first block and the output of each block: depth + 1 tensors.
+        """Run the blocks as `run` does, but yield the input of the first block and the output of each block: depth + 1
+        tensors.
 
         paths: result of `blocks.draw_paths`, for training with stochastic depth.
         """
@@ -187,7 +188,7 @@ class ViT(ImageEncoder):
         return self.features(self.accept(images, scale))
 
     def features(self, images: Shaped[Tensor, "B C H W"]) -> Features:
-        """As `forward` without checking the range of the values, for training."""
+        """Encode all patches like `forward`, without checking the range of the values, for training."""
         grid = grid_of((images.shape[2], images.shape[3]), self.patch)
         tokens = self.run(self.embed(self.patches(images), grid=grid), grid=grid)
         # ONNX graphs can only return tensors, so the grid is left out.
@@ -197,8 +198,8 @@ class ViT(ImageEncoder):
     def feature_layers(
         self, images: Shaped[Tensor, "B C H W"], hidden: Bool[Tensor, "B N"] | None = None, scale: Scale | None = None
     ) -> Iterator[Features]:
-        """As `ImageEncoder.feature_layers`; the last layer includes the final norm. Raises UserError if `hidden` is
-        given.
+        """Yield features as described in `ImageEncoder.feature_layers`; the last layer includes the final norm. Raises
+        UserError if `hidden` is given.
         """
         if hidden is not None:
             raise UserError("got hidden tokens; a ViT is evaluated on whole images; leave hidden out")

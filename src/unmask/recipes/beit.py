@@ -1,4 +1,4 @@
-"""BEiT recipes. All of them need a tokenizer: `unmask pretrain DATA --recipe dvae_nano --out runs/tokenizer`."""
+"""BEiT recipes. All BEiT recipes need a tokenizer: `unmask pretrain DATA --recipe dvae_nano --out runs/tokenizer`."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ def beit_nano() -> Config:
     unmask pretrain DATA --recipe dvae_nano --out runs/tokenizer
     unmask pretrain DATA --recipe beit_nano --tokenizer runs/tokenizer
 
-    It has fixed sine-cosine positions like the other nano recipes, so that they can be compared. Relative bias and
-    LayerScale are off; enable them with --set method.encoder.relative_bias=true and --set
+    Positions are fixed sine-cosine ones, as in the other nano recipes, so that the methods can be compared. Relative
+    bias and LayerScale are off; enable them with --set method.encoder.relative_bias=true and --set
     method.encoder.layer_scale=0.1.
     """
     return Config(

@@ -1,7 +1,7 @@
 """Find recipes. A recipe is a public function in this folder without arguments that returns a `Config`.
 
-There is no registry: a new function in any file here is found by its name. `choose` implements the recipe `auto`, and
-`describe` the output of `unmask recipes NAME`.
+There is no registry: a new function in any file of `recipes/` is found by its name. `choose` implements the recipe
+`auto`, and `describe` the output of `unmask recipes NAME`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import unmask.recipes
 from unmask.config import Config, ConfigError, keys
 from unmask.errors import nearest
 
-FEWEST_STEPS = 3_000  # least number of updates, also for small data sets
+FEWEST_STEPS = 3_000  # least number of updates of `auto`, also for small data sets
 MOST_ELONGATED = 2.5
 FEWEST_VISIBLE = 16  # least number of visible patches when three quarters are hidden
 AUTO = ("mae_nano", "mae_tiny", "mae_small", "mae_base")

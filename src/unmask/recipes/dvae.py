@@ -18,7 +18,8 @@ def dvae_nano() -> Config:
     The tokenizer is usable if the perplexity in metrics.jsonl is more than a quarter of the codebook and the
     reconstructions resemble the images. Not from a paper. On CIFAR-10 after 800 steps (about four minutes on one core),
     in the last batch: perplexity 134, mean square error of normalised pixels 0.061. With a KL weight of 2e-3,
-    perplexity was 87 and the error 0.061; with a fifth of the learning rate in addition, 53 and 0.094.
+    perplexity was 87 and the error 0.061; with this KL weight and a fifth of the learning rate, perplexity was 53 and
+    the error 0.094.
     """
     return Config(
         recipe="dvae_nano",
@@ -63,7 +64,7 @@ def dvae_dalle() -> Config:
 
     Appendix A: AdamW (0.9, 0.999), weight decay 1e-4, learning rate 1e-4 falling to 1.25e-6, temperature 1 to 1/16 in
     150,000 steps, KL weight 6.6 / 192 in 5,000. The Gumbel noise, one number for every code at every position, comes
-    from a counter-based generator here, which is slower than the paper's.
+    from a counter-based generator, which is slower than the one of the paper.
 
     Differs from the paper: the learning rate falls over all 3 M steps (in the paper over 1.2 M); crops are
     random-resized with at least 0.44 of the area (in the paper the shorter side is resized to 9/8 to 12/8 of 256, then

@@ -196,7 +196,8 @@ def _small(
 ) -> Config:
     """Return a recipe for small encoders.
 
-    layer_decay: None for training from scratch, with the same rate in all layers and a moving average of the weights.
+    layer_decay: the factor of layer-wise learning-rate decay, or None for training from scratch, with the same rate in
+    all layers and a moving average of the weights.
     """
     scratch: dict[str, float] = {"warmup": 0.1, "average": 0.999}
     return Config(

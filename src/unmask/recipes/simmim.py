@@ -14,9 +14,9 @@ def simmim_nano() -> Config:
 
     unmask pretrain DATA --recipe simmim_nano [--set data.size=64 --set method.encoder.patch=8]
 
-    It has the encoder of mae_nano, which runs on all 64 patches here, so a step takes two and a half times as long as
-    with mae_nano. In each image, 10 of 16 cells of 8 x 8 pixels are hidden. The base learning rate of 3e-3 was better
-    than 1e-3 after 120 steps on CIFAR-10 (loss 0.63 and 0.67); with the relative bias instead of positions the loss was
+    It has the encoder of mae_nano, but encodes all 64 patches, so a step takes two and a half times as long as with
+    mae_nano. In each image, 10 of 16 cells of 8 x 8 pixels are hidden. The base learning rate of 3e-3 was better than
+    1e-3 after 120 steps on CIFAR-10 (loss 0.63 and 0.67); with the relative bias instead of positions the loss was
     0.71. Differs from the paper: images and network are smaller, positions are sine-cosine, and optimiser settings are
     those of mae_nano, with SimMIM's gradient clipping.
     """

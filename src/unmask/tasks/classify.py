@@ -107,12 +107,12 @@ class Classifier(Task[Tensor, None]):
     def loss(self, batch: Batch, clock: Clock) -> Loss:
         """Return the cross-entropy with soft labels; log the accuracy. Raises UserError for images without labels.
 
-        With smoothing s the target is 1 - s + s / K for the right class and s / K for every other. The target of a
-        mixed image is the mixture of both targets; a prediction is counted as correct if it is the class of the larger
-        part.
+        With smoothing s the target is 1 - s + s / K for the right class and s / K for every other class. The target of
+        a mixed image is the mixture of both targets; a prediction is counted as correct if it is the class of the
+        larger part.
         """
         labels = batch.require_labels()
-        with full_precision(batch.images.device):  # autocast would round rotations to bfloat16
+        with full_precision(batch.images.device):  # under autocast, rotations would be rounded to bfloat16
             images, targets = self.augment(batch.images, labels, clock)
         paths = None
         if self.config.drop_path:

@@ -82,7 +82,8 @@ class Config(PartialTaskConfig):
 
 
 class Cells(NamedTuple):
-    """All cells of all levels, finest level first, row-major. `centre` and `stride` are (x, y) in pixels.
+    """All cells of all levels of the pyramid, finest level first, each level row by row. `centre` and `stride` are (x,
+    y) in pixels.
 
     `reach`: least and greatest distance, in cells, to the farthest side of an assigned box.
     """
@@ -330,9 +331,9 @@ def focal(logits: Float[Tensor, "*n"], truth: Float[Tensor, "*n"]) -> Float[Tens
 
 
 def same_everywhere(truth: Truth, num_classes: int) -> Float[Tensor, ""]:
-    """Return the loss of a baseline that predicts the same for every cell of every image.
+    """Return the loss of a baseline that makes the same prediction for every cell of every image.
 
-    It predicts the best constant class scores, and the mean sides and centreness of the cells of these images.
+    The baseline predicts the best constant class scores, and the mean sides and centreness of the cells of `truth`.
     """
     assigned, device = (truth.label >= 0).float(), truth.label.device
     count = assigned.sum().clamp(min=1)
