@@ -65,7 +65,9 @@ def test_convolutions_start_as_in_the_published_code():
 
 
 def test_temperature_and_kl_weight_follow_the_schedules_of_the_paper():
-    """Temperature 1 to 1/16 in 150,000 of 3 M steps, KL weight 0 to 6.6 / 192 in 5,000, both half cosines."""
+    """In 3 M steps, the temperature falls from 1 to 1/16 within 150,000 steps and the KL weight rises from 0 to 6.6 /
+    192 within 5,000, both along half a cosine.
+    """
     config = dvae_dalle()
     with torch.device("meta"):
         method = DVAE(config.method, ImageSpec(3, (256, 256), "uint8", (120.0,) * 3, (60.0,) * 3))

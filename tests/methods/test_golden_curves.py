@@ -1,6 +1,6 @@
 """The loss of every method over ten steps, in float32 on the CPU, compared with committed numbers.
 
-A refactoring must not change these numbers. Each nano recipe is made smaller and trained with its own optimiser
+A refactoring must not change the committed losses. Each nano recipe is made smaller and trained with its own optimiser
 settings on generated tensors, without files or a data loader. After an intended change of the mathematics, update the
 numbers and commit them with the change:
 

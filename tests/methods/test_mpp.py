@@ -157,7 +157,7 @@ def test_targets_match_known_images():
     images = torch.zeros(1, 3, 16, 24, dtype=torch.uint8)
     images[0, 0, :4, :4] = 255  # The first patch is red.
     images[0, 1, :2, 4:8] = 255  # The second is half green: its mean of 127.5 is level 4.
-    images[0, :, 4:8, :4] = 100  # The patch below the first is grey, level 3.
+    images[0, :, 4:8, :4] = 100  # The patch below the first is grey, which is level 3 of each channel.
     target = method.target(images)
     assert target.shape == (1, 24, 1)
     assert target[0, [0, 1, 6, 2], 0].tolist() == [448, 8 * 4, 3 * 73, 0]

@@ -93,7 +93,7 @@ def test_initial_weights_match_the_official_code():
 
 
 @torch.no_grad()
-def test_without_mixtures_only_the_last_map_is_read():
+def test_a_decoder_without_mixtures_reads_only_the_last_feature_map():
     made, layers = decoder(sources=None), feature_maps()
     where = torch.arange(6).expand(2, -1)
     assert torch.equal(made(layers, where), made(layers[-1:], where))

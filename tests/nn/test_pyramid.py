@@ -17,7 +17,7 @@ from unmask.nn.pyramid import ChannelNorm, Pyramid, scales_of
         ((16, 16), (1, 4), [4, 8, 16]),
     ],
 )
-def test_no_level_is_finer_than_four_pixels_unless_patches_are(patch, grid, strides):
+def test_no_level_has_cells_below_four_pixels_unless_the_patches_are_smaller(patch, grid, strides):
     assert [patch[0] / scale for scale in scales_of(patch, grid)] == strides
     assert [high for high, _ in Pyramid(8, 8, patch, grid).strides] == strides
 

@@ -36,7 +36,7 @@ def test_an_image_without_an_operation_is_unchanged():
     assert not torch.equal(after, unit())
 
 
-def test_image_does_not_depend_on_others_in_the_batch():
+def test_augmentation_of_an_image_does_not_depend_on_the_batch():
     together = rand_augment(unit(), draws(), 9.0, FILL)
     alone = rand_augment(unit()[3:4], draws()[3:4], 9.0, FILL)
     torch.testing.assert_close(together[3:4], alone)

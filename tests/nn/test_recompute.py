@@ -25,7 +25,7 @@ def test_gradients_equal_those_of_stored_activations(dtype):
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(*found, strict=True))
 
 
-def test_the_activation_is_freed_and_computed_once_more():
+def test_the_activation_is_freed_and_recomputed_in_the_backward_pass():
     calls = []
 
     def function(x: Tensor) -> Tensor:

@@ -134,7 +134,7 @@ def test_assignment_of_boxes_to_cells_matches_plain_loops(strides):
 
 
 def test_every_box_above_a_size_is_assigned_to_a_cell():
-    """There is no gap between the levels, wherever a box lies; on the finest level a cell is 4 pixels."""
+    """The size ranges of the levels have no gap, wherever a box lies; a cell of the finest level is 4 x 4 pixels."""
     cells, _ = cells_of(((4, 4), (8, 8), (16, 16)), (256, 256))
     rng = np.random.default_rng(0)
     length = rng.integers(5, 200, (400, 2))

@@ -77,7 +77,7 @@ def test_task_is_found_by_name():
 
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("last_blocks", [None, 0, 0.5, 2])
-def test_the_chosen_parameters_are_trained_and_have_a_gradient(head, last_blocks):
+def test_last_blocks_selects_the_parameters_with_a_gradient(head, last_blocks):
     method, of = warm(head, last_blocks=last_blocks), batch()
     method(of, clock(of)).value.backward()
     wanted = {name for name, p in method.named_parameters() if p.requires_grad}
@@ -296,7 +296,7 @@ def test_there_is_no_level_finer_than_a_pixel_or_coarser_than_the_grid():
 
 
 @pytest.mark.parametrize(("patch", "grid"), [((4, 4), (3, 5)), ((1, 2), (1, 1)), ((2, 2), (4, 4))])
-def test_any_grid_is_accepted(patch, grid):
+def test_upernet_accepts_any_grid(patch, grid):
     head = UPerNet(8, 4, 3, patch, grid)
     maps = [torch.randn(1, 8, *grid) for _ in head.scales]
     finest = int(max(head.scales))

@@ -123,8 +123,8 @@ class CrossMAE(Method):
 
         panels = masked_panels(patches, mask, self.target.draw(guess, patches, batch.images, mask, valid))
         note = (
-            f"In training the decoder predicts {self.asked} of the {guess.shape[1]} hidden patches; here it predicts "
-            "all of them, which changes none of the predictions."
+            f"In training the decoder predicts {self.asked} of the {guess.shape[1]} hidden patches; for this "
+            "picture it predicts all of them, which does not change the individual predictions."
         )
         panels = {caption: self.encoder.images(panel) for caption, panel in panels.items()}
         return Picture(panels, note + self.target.note, numbers)

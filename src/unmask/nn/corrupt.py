@@ -1,8 +1,8 @@
 """Corruptions of a denoising autoencoder's input (Vincent et al. 2008 and 2010), as functions of uniform draws.
 
-Each function takes pixels (B, C, H, W) in the network's units and draws in [0, 1). It returns the corrupted pixels and
-a bool tensor (B, C, H, W), True where a value was corrupted; all other values are unchanged. Each image has its own
-draws (`rng.py`).
+Each function takes pixels (B, C, H, W) in the network's units and draws in [0, 1). Each function returns the corrupted
+pixels and a bool tensor (B, C, H, W), True where a value was corrupted; all other values are unchanged. Each image has
+its own random draws (`rng.py`).
 """
 
 from __future__ import annotations

@@ -121,8 +121,8 @@ class Block(nn.Module):
 
 
 class GPT(ImageEncoder):
-    """See the module docstring. causal: token t is predicted from those before it; otherwise tokens attend to each
-    other.
+    """See the module docstring. causal: if True, token t is predicted from the tokens before it; if False, all tokens
+    attend to each other.
 
     `palette` (k, C), in the files' units, is zero until the method sets it.
     """

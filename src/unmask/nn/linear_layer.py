@@ -1,4 +1,5 @@
-"""`nn.Linear` that computes float32 products with oneDNN on AMD processors with AVX-512; equal up to rounding.
+"""`nn.Linear` that computes float32 products with oneDNN on AMD processors with AVX-512; the results are equal up to
+rounding.
 
 torch computes float32 products with MKL, which can be less than half as fast on these processors as oneDNN, which
 torch's CPU builds also contain (`benchmarks/step.py`; bfloat16 always uses oneDNN). On other processors, and for small
@@ -43,7 +44,7 @@ def linear(
 
 def _for_onednn(x: Tensor, weight: Tensor) -> bool:
     return (
-        not torch.compiler.is_compiling()  # checked first, because exported graphs have symbolic sizes
+        not torch.compiler.is_compiling()  # first, because the sizes in exported graphs are symbols
         and not torch_internals.in_transform(x)
         and mkl_is_slow()
         and x.device.type == "cpu"

@@ -153,7 +153,7 @@ def grid_mask(batch: int, grid: tuple[int, int], ratio: float, rng: Draws) -> Ma
 
 
 def pattern_mask(patterns: Bool[Tensor, "n N"], kept: int, rng: Draws) -> Mask:
-    """Sample one of the given patterns for each image. `patterns` are True for hidden patches; each keeps `kept`
+    """Sample one of the given patterns for each image. patterns: True for hidden patches; every pattern keeps `kept`
     patches visible.
     """
     which = (rng.uniform(1)[:, 0] * len(patterns)).long()  # (B,)

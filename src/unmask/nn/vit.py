@@ -4,7 +4,8 @@ Encoding has three steps, so that a method can intervene between them: `patches(
 `run(tokens)`; `forward(images)` runs all three steps and returns `Features`. Mean and standard deviation of the data
 are buffers, so an encoder carries its own preprocessing and takes images in the files' own units.
 
-Sizes of the paper: B 768 x 12 x 12 heads, L 1024 x 24 x 16, H 1280 x 32 x 16 (patch 14).
+Sizes of the paper (width x depth, heads): ViT-B 768 x 12, 12 heads; ViT-L 1024 x 24, 16 heads; ViT-H 1280 x 32, 16
+heads, patch 14.
 """
 
 from __future__ import annotations

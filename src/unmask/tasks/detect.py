@@ -4,11 +4,11 @@ There are no anchors, no proposals and no second stage.
 
 Every cell of every level of the pyramid predicts the probability of each class, the distances from its centre to the
 four sides of a box, and its centreness (1 in the middle of the box). A cell is assigned to a box if its centre lies in
-the box and within 1.5 cells of the middle of the box, and if the distance to the farthest side is in the range of its
-level: at most 8 cells, and more than the next finer level covers. The finest level is assigned all smaller boxes, the
-coarsest all larger ones. A long, thin box without such a cell is assigned to the cells of any level near its middle. If
-several boxes match a cell, it is assigned to the smallest. All other cells are background; a box so small that it
-contains no cell centre is not learnt. The encoder's weights come from another Run.
+the box and within 1.5 cells of the middle of the box, and if the distance from its centre to the farthest side is in
+the range of its level: at most 8 cells, and more than the range of the next finer level. The finest level is assigned
+all smaller boxes, the coarsest all larger ones. A long, thin box without such a cell is assigned to the cells of any
+level near its middle. If several boxes match a cell, it is assigned to the smallest. All other cells are background; a
+box so small that it contains no cell centre is not learnt. The encoder's weights come from another Run.
 
 Loss: focal loss of the classes (Lin et al. 2017, alpha 0.25, gamma 2) divided by the number of cells with a box; 1 -
 GIoU of the boxes, averaged with the true centreness as weight; cross-entropy of the centreness. Shapes are fixed (boxes
