@@ -235,7 +235,9 @@ def hugging_face(config: Config, norm_pix: bool):
     ids=["B/16", "H/14"],
 )
 def test_agrees_with_transformers_on_copied_weights(recipe, depths):
-    """Loss and prediction agree to 1e-5 relative in float32, with and without norm_pix, at full size."""
+    """Loss and prediction equal those of transformers to 1e-5 relative in float32, with and without norm_pix, at full
+    size.
+    """
     config = recipe().method
     torch.manual_seed(0)
     ours = MAE(config, IMAGENET).eval()
@@ -300,7 +302,7 @@ def test_every_variant_of_table_1_trains_and_restores_its_state(changes):
         assert float(other(batch, clock(batch)).value) == float(method(batch, clock(batch)).value)
 
 
-def test_principal_components_are_fixed_state():
+def test_the_state_dict_contains_principal_components_as_fixed_state():
     assert [n for n in small_mae(target="pca").state_dict() if n.startswith(MAE.fixed)] == [
         "target.center", "target.basis", "target.unit",
     ]  # fmt: skip

@@ -57,7 +57,7 @@ def test_duplicate_detections_count_once():
     assert average_precision(truth, found, NAMES).ap50 == pytest.approx((51 + 50 * 2 / 3) / 101)
 
 
-def test_crowds_do_not_change_the_score():
+def test_crowd_boxes_do_not_change_average_precision():
     truth = [boxes((0, 0, 10, 10, 0), (20, 20, 60, 60, 0), crowd=np.array([False, True]))]
     found = [boxes((25, 25, 35, 35, 0, 0.9), (0, 0, 10, 10, 0, 0.8))]
     assert average_precision(truth, found, NAMES).ap50 == pytest.approx(1)

@@ -20,7 +20,7 @@ def left(pixels: torch.Tensor, colours: torch.Tensor) -> float:
     return float((pixels - colours[nearest_colour(pixels, colours)]).square().sum(1).mean())
 
 
-def test_error_matches_scikit_learn():
+def test_quantisation_error_is_close_to_that_of_scikit_learn():
     pixels = clouds()
     ours = left(pixels, k_means(pixels, 16))
     theirs = KMeans(16, n_init=5, random_state=0).fit(pixels.numpy()).inertia_ / len(pixels)

@@ -21,7 +21,7 @@ def feature_maps(sources: int = 4) -> list[torch.Tensor]:
     return [torch.randn(2, 7, 24, generator=generator) for _ in range(sources)]
 
 
-def test_parameters_of_the_decoder_for_vit_b():
+def test_the_decoder_for_vit_b_has_the_official_number_of_parameters():
     """The number of parameters was counted by hand from the official modules, for a decoder of 512 x 12 with 16 heads
     that reads 13 feature maps of width 768.
     """

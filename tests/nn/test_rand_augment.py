@@ -50,7 +50,7 @@ def test_every_operation_changes_an_image(name):
     assert ((after - x).abs().mean((1, 2, 3)) > 1e-3).all()
 
 
-def test_geometric_operations_move_pixels_as_described():
+def test_geometric_operations_move_a_pixel_in_the_expected_direction():
     x = torch.zeros(1, 1, 21, 21)
     x[0, 0, 10, 10] = 1
     fill, strength, sign = torch.zeros(1, 1, 1), np.array([2 / 21 / 0.45]), np.array([1.0])

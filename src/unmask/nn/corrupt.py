@@ -16,7 +16,7 @@ from unmask.nn.patches import unpatchify
 Pixels = Float[Tensor, "B C H W"]
 Touched = Bool[Tensor, "B C H W"]
 
-SMALLEST_DRAW = 2.0**-25  # half of the spacing of uniform draws (2^-24), so that no quantile is infinite
+SMALLEST_DRAW = 2.0**-25  # half of the spacing of uniform draws (2^-24); keeps quantiles finite
 
 
 def num_chosen(components: int, share: float) -> int:
@@ -44,7 +44,7 @@ def to_values(chosen: Bool[Tensor, "B n"], like: Pixels, grain: tuple[int, int] 
 
 
 def num_components(channels: int, size: tuple[int, int], grain: tuple[int, int] | None) -> int:
-    """Return the number of components of an image: of its values, or of its cells of `grain` pixels."""
+    """Return the number of components of an image; a component is a value, or a cell of `grain` pixels."""
     height, width = size
     return channels * height * width if grain is None else (height // grain[0]) * (width // grain[1])
 

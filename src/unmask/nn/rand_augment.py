@@ -26,9 +26,9 @@ OPERATIONS = 2  # Number of operations per image.
 PROBABILITY = 0.5  # Probability of applying an operation.
 SPREAD = 0.5  # Standard deviation of the magnitude.
 MOST = 10.0  # Greatest magnitude.
-DRAWS = 4 * OPERATIONS  # Per operation: kind, decision to apply it, strength, sign.
+DRAWS = 4 * OPERATIONS  # Number of random draws. Per operation: kind, decision to apply it, strength, sign.
 SMOOTH = [[1 / 13, 1 / 13, 1 / 13], [1 / 13, 5 / 13, 1 / 13], [1 / 13, 1 / 13, 1 / 13]]  # Pillow's filter SMOOTH.
-ERASE_DRAWS = 5  # One each for the decision to erase, and the area, aspect ratio, row and column of the box.
+ERASE_DRAWS = 5  # Number of random draws: decision to erase; area, aspect ratio, row and column of the box.
 ERASED_AREA, ERASED_ASPECT = (0.02, 1 / 3), (0.3, 1 / 0.3)
 
 Unit = Float[Tensor, "B C H W"]

@@ -1,8 +1,8 @@
 """Weights of patches and values in a loss, for images with absent pixels (no data).
 
 Absent pixels are filled with the data's mean, so the encoder sees a neutral value in their place. The loss ignores
-them: patches with too few valid pixels have weight 0, and so have the absent pixels of all other patches. If all pixels
-are valid (`Batch.valid` is None), no weights are computed.
+absent pixels: patches with too few valid pixels have weight 0, and so have the absent pixels of all other patches. If
+all pixels are valid (`Batch.valid` is None), no weights are computed.
 
 Letters: B images, C channels, H x W pixels, N patches of the grid, P values of one patch, Q selected patches.
 """

@@ -1,8 +1,8 @@
 """CrossMAE recipes: for 32-pixel images, and the paper's ViT-B/16.
 
 The official code multiplies the learning rate by predict ratio / mask ratio, because the loss is a mean over fewer
-patches. In `crossmae_base` the paper's base learning rate includes that factor: when you change a ratio, change
-`optim.base_lr`, too.
+patches. The base learning rate of `crossmae_base` is the paper's, multiplied by this ratio: when you change a ratio,
+change `optim.base_lr`, too.
 """
 
 from __future__ import annotations

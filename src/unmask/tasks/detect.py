@@ -15,9 +15,9 @@ GIoU of the boxes, averaged with the true centreness as weight; cross-entropy of
 are padded), so there is no synchronisation with the device.
 
 Differs from FCOS: LayerNorm over channels instead of GroupNorm; distances are in cells of the level; long, thin boxes,
-which FCOS ignores, are learnt. Differs from ViTDet: this head instead of Mask R-CNN's; global attention in every block,
-no windows; no large-scale jitter. The number of cells with a box is counted per micro-batch. Layer-wise decay of the
-learning rate is a setting of the optimiser (`optim.py`).
+which FCOS ignores, are learnt. Differs from ViTDet: the head is FCOS's instead of Mask R-CNN's; attention is global in
+every block, without windows; there is no large-scale jitter. The number of cells with a box is counted per micro-batch.
+Layer-wise decay of the learning rate is a setting of the optimiser (`optim.py`).
 
 See `data/annotations/` for reading boxes from files, `finetuning/finetune_run.py` for length and data of the training,
 and `metrics/average_precision.py` for the metric.
