@@ -358,13 +358,13 @@ def test_interruption_message_names_the_run(tmp_path, images):
     code = """
 import sys
 from unmask import commands
-from unmask.engine import pretraining as start
+from unmask.engine import pretraining, start_run
 def interrupted(*_, **__):
     raise KeyboardInterrupt
 if sys.argv[1] == "before":
-    start.scan_source = interrupted
+    pretraining.scan_source = interrupted
 else:
-    start.print_plan = interrupted
+    start_run.print_plan = interrupted
 del sys.argv[1]
 commands.main()
 """

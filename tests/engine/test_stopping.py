@@ -118,7 +118,7 @@ def test_killed_worker_is_detected_at_once_even_if_others_hold_its_pipe(images):
     first = min(multiprocessing.active_children(), key=lambda worker: worker.pid or 0)
     first.kill()
     began = time.monotonic()
-    with pytest.raises(LoadingFailed, match="killed by signal 9; out of memory"):
+    with pytest.raises(LoadingFailed, match="killed by signal 9; if it ran out of memory"):
         list(pool)
     assert time.monotonic() - began < 5
     assert len(next(others).batch) == 2

@@ -128,8 +128,6 @@ def evaluation_masks(method: Method, votes: int | None) -> tuple[Hide | None, in
             )
         return None, 0
     votes = 1 if votes is None else votes
-    if votes < 0:
-        raise UserError(f"got --mask-votes {votes}; expected 0 (nothing hidden), 1 or more")
     return (hide if votes else None), votes
 
 
