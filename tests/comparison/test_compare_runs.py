@@ -29,7 +29,7 @@ def labelled(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, labelled):
-    """Two runs that differ in their target and length, without probes."""
+    """Two runs that differ in target and training length and have no probes."""
     folder = tmp_path_factory.mktemp("compare")
     few = [*SMALL_RUN, "train.picture_images=1"]
     pretrain(labelled, recipe="mae_nano", out=folder / "a", settings=[*few, "train.steps=2"])
@@ -82,7 +82,7 @@ def test_a_run_that_was_killed_is_not_shown_as_running(runs, tmp_path):
     assert [row["state"] for row in rows] == ["interrupted", "finished"]
 
 
-def test_the_page_is_one_file_with_both_pictures(runs, tmp_path):
+def test_the_comparison_page_is_one_file_with_the_pictures_of_both_runs(runs, tmp_path):
     compare(runs, out=tmp_path / "both.html")
     page = html.unescape((tmp_path / "both.html").read_text())
     assert page.count("data:image/png;base64,") == 2
@@ -158,7 +158,7 @@ def test_only_runs_without_the_requested_probe_are_probed(runs, labelled, tmp_pa
     assert asked == ["b"], "and only once"
 
 
-def test_runs_are_compared_by_the_rank_of_their_features_without_labels(runs, labelled, tmp_path, monkeypatch):
+def test_runs_are_ranked_by_the_effective_rank_of_features_on_unlabelled_images(runs, labelled, tmp_path, monkeypatch):
     options = {"data": labelled, "kind": "rankme", "out": tmp_path / "both.html", "device": "cpu"}
     (shared,) = compare(runs, **options)["probes"]
     assert (shared["metric"], shared["chance"]) == ("effective rank", None)

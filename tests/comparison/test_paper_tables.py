@@ -69,14 +69,16 @@ def test_decoder_widths_are_the_papers_shares_of_the_encoder_width():
 
 
 def test_published_numbers_of_the_family_match_the_cited_tables():
-    """MAE's Table 12 has linear probes (iGPT-L 69.0 on VQ-VAE codes, BEiT-L 52.1, ViT-L 75.8), Table 3 fine-tuning."""
+    """In the MAE paper, Table 12 has linear probes (iGPT-L 69.0 on VQ-VAE codes, BEiT-L 52.1, ViT-L 75.8); fine-tuned
+    accuracies are in Table 3.
+    """
     published = {cell.name: cell.paper for cell in TABLES["family"].cells(NANO)}
     assert published["igpt-equal-steps"] == Paper(None, 69.0)
     assert published["beit-equal-steps"] == Paper(85.2, 52.1)
     assert published["mae-equal-steps"] == Paper(85.9, 75.8)
 
 
-def test_training_lengths_double():
+def test_every_training_length_is_twice_the_one_before():
     assert [cell.length for cell in TABLES["fig7"].cells(NANO)] == [1, 2, 4, 8, 16]
 
 

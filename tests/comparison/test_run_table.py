@@ -63,7 +63,7 @@ def two_depths(patch):
 
 @pytest.fixture(autouse=True)
 def few_cells(monkeypatch):
-    """Reduce the cells and skip drawing reports; only the fixture `unbroken` draws its page."""
+    """Reduce table 1a to two cells, and skip reports and charts, in all tests; the fixture `unbroken` draws its chart."""
     two_depths(monkeypatch)
     monkeypatch.setattr(train_cells, "write_report", lambda path: path)
     monkeypatch.setattr(table_page, "chart", lambda table: None)
@@ -77,7 +77,7 @@ def make(data, out, *, table="1a", settings=SMALL, console=None, **more):
 
 
 def without_times(value):
-    """Return a table without measured times and paths."""
+    """Return the content of table.json without measured times and paths."""
     if isinstance(value, dict):
         return {key: without_times(inner) for key, inner in value.items() if key not in TIMES}
     return [without_times(inner) for inner in value] if isinstance(value, list) else value
@@ -90,7 +90,7 @@ def unbroken(data, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         two_depths(patch)
         summary = make(data, folder)
-    shutil.copy(folder / "table.html", folder.parent / "first.html")  # other tests rewrite the table
+    shutil.copy(folder / "table.html", folder.parent / "first.html")  # a copy, because other tests rewrite the page
     return folder, summary
 
 
@@ -331,7 +331,7 @@ def test_a_cell_fails_when_its_tokenizer_could_not_be_trained(data, tmp_path, mo
 
 
 def test_the_family_has_rows_with_equal_steps_and_equal_compute(data, tmp_path, monkeypatch):
-    """Every method and the tokenizer have rows. Their FLOPs are counted without training."""
+    """Every method has rows, and so has the tokenizer; their FLOPs are counted without training."""
     monkeypatch.setattr(ablate_module, "make_cell", lambda *_, **__: None)
     settings = ["data.size=[16,16]", "data.workers=0", "train.batch_size=8", "train.steps=100", "train.device=cpu"]
     summary = make(data, tmp_path / "table", table="family", settings=settings)
@@ -358,7 +358,7 @@ FINE = [*SMALL, "train.batch_size=4", "train.steps=8", "method.decoder.depth=1"]
 
 @pytest.fixture(scope="module")
 def fine_tuned(data, tmp_path_factory):
-    """Figure 9 for an encoder with one block: (folder, return value of `ablate`)."""
+    """A finished table fig9 for an encoder with one block: (folder, return value of `ablate`)."""
     folder = tmp_path_factory.mktemp("ablate") / "fig9"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_cells, "write_report", lambda path: path)
@@ -406,7 +406,7 @@ def test_fine_tuning_uses_no_test_images_and_changes_no_frozen_weights(fine_tune
 
 
 def test_fine_tuning_does_not_resume_with_changed_images(fine_tuned, data):
-    """Test images are held out by row, so other images would change the split."""
+    """Test images are held out by row, so other images would change the split into training and test images."""
     run = Run(fine_tuned[0] / "blocks-1-seed-0")
     differ = SimpleNamespace(lines=lambda: "2 files are others")
     with pytest.raises(
@@ -461,7 +461,7 @@ def test_a_given_run_is_fine_tuned_with_separate_test_images_and_several_seeds(f
         assert run.read("evals/fine-tuned.json")["test_images"] == 6
 
 
-def test_pre_training_gets_two_thirds_of_the_budget(data, tmp_path, monkeypatch):
+def test_pre_training_gets_two_thirds_of_the_training_time(data, tmp_path, monkeypatch):
     monkeypatch.setattr(ablate_module, "make_cell", lambda *_, **__: None)
     monkeypatch.setattr(schedule, "measure_step_seconds", lambda *_, **__: 0.1)
     monkeypatch.setattr(schedule, "encode_seconds", lambda *_: 0.0)
@@ -535,7 +535,7 @@ def test_a_folder_with_other_content_is_rejected(data, tmp_path):
 
 
 def test_a_budget_is_shared_by_all_cells_and_seeds(data, tmp_path, monkeypatch):
-    """The training time of all cells and the probes use nine tenths of the budget."""
+    """Training and probing all cells use nine tenths of the budget."""
     monkeypatch.setattr(ablate_module, "make_cell", lambda *_, **__: None)
     monkeypatch.setattr(schedule, "measure_step_seconds", lambda config, *_, **__: 0.1 * config.method.decoder.depth)
     monkeypatch.setattr(schedule, "encode_seconds", lambda *_: 0.0)
@@ -558,7 +558,7 @@ def test_training_lengths_are_multiples_of_the_shortest_run(data, tmp_path, monk
 
 
 def test_by_default_the_base_row_has_the_length_of_the_recipe(data, tmp_path, monkeypatch):
-    """The row with 800 epochs has the length of the recipe, not the row with 100 epochs."""
+    """The row 8x (800 epochs in the paper) has the length of the recipe, not the row 1x (100 epochs)."""
     monkeypatch.setattr(ablate_module, "make_cell", lambda *_, **__: None)
     free = [setting for setting in SMALL if "steps" not in setting]
     alone = make(data, tmp_path / "alone", table="1a", settings=free)

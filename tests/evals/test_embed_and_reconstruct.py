@@ -124,12 +124,12 @@ def test_rows_contain_the_encoders_features_with_names_and_classes(trained, labe
     assert table["label"] == npz["label"].tolist() == [name.split("/")[0] for name in table["name"]]
     encoder = load(trained).method.encoder
     for row in (0, 17, 35):
-        with Image.open(labelled / table["name"][row]) as image:  # 20 x 24, cropped and resized to the model's 16 x 16
+        with Image.open(labelled / table["name"][row]) as image:  # 20 x 24 pixels
             square = image.crop((2, 0, 22, 20)).resize((16, 16), Image.Resampling.BICUBIC)
         pixels = torch.from_numpy(np.asarray(square).transpose(2, 0, 1).copy())[None]
         with torch.no_grad():
             features = encoder(pixels)
-        # Single pixels differ from Pillow's by one level; another crop would change all pixels.
+        # Some pixels differ by one level from those resized by Pillow; with a wrong crop, all pixels would differ.
         np.testing.assert_allclose(npz["cls"][row], features.cls[0], atol=3e-3)
         np.testing.assert_allclose(npz["mean"][row], features.patches[0].mean(0), atol=3e-3)
     for name in ("cls", "mean"):
@@ -137,7 +137,7 @@ def test_rows_contain_the_encoders_features_with_names_and_classes(trained, labe
         np.testing.assert_array_equal(np.array(table[name], np.float32), npz[name])
 
 
-def test_batch_size_and_workers_do_not_matter(trained, images, tmp_path, monkeypatch):
+def test_embedded_features_do_not_depend_on_batch_size_and_workers(trained, images, tmp_path, monkeypatch):
     embed(trained, images, tmp_path / "a.npz")
     want = arrays_of(tmp_path / "a.npz")
     for size in (1, 7, 256):
@@ -154,7 +154,7 @@ def test_batch_size_and_workers_do_not_matter(trained, images, tmp_path, monkeyp
     assert (tmp_path / "workers.npz").read_bytes() == (tmp_path / "a.npz").read_bytes()
 
 
-def test_embedded_features_are_fp32_and_probed_ones_in_the_precision_of_training(tmp_path, labelled, monkeypatch):
+def test_embed_computes_features_in_fp32_and_probe_in_the_precision_of_training(tmp_path, labelled, monkeypatch):
     run = train(labelled, tmp_path / "run", "train.precision=bf16")
     asked = []
     real = images_module.collect_each
@@ -181,7 +181,7 @@ def test_unreadable_files_are_reported_and_do_not_change_other_rows(trained, ima
     monkeypatch.setattr(images_module, "EVAL_BATCH", 4)
     embed(trained, images, tmp_path / "whole.npz")
     whole = arrays_of(tmp_path / "whole.npz")
-    for number in (4, 5, 6, 7, 9, 21, 29):  # a whole batch, and parts of others
+    for number in (4, 5, 6, 7, 9, 21, 29):  # all images of one batch, and some images of others
         break_file(images / f"{number:04d}.png")
     if workers:
         monkeypatch.setattr(images_module, "MANY_IMAGES", 1)
@@ -254,7 +254,7 @@ def test_bad_outputs_are_rejected_before_the_run_is_read(tmp_path):
 
 
 def pictured(monkeypatch):
-    """The arguments passed to `draw`: (picture, dtype, title, names)."""
+    """Record the arguments that `draw` gets: (picture, dtype, title, names)."""
     seen = []
     real = reconstruct_module.draw
 
@@ -286,7 +286,7 @@ def test_single_files_are_drawn_in_the_order_given_with_their_names(trained, ima
     assert "nearest visible" in console.messages[-1]
 
 
-def test_the_same_seed_gives_the_same_picture_and_another_hides_other_patches(trained, images, tmp_path):
+def test_the_same_seed_gives_the_same_picture_and_another_seed_hides_other_patches(trained, images, tmp_path):
     for name, seed in {"a": 0, "b": 0, "c": 1}.items():
         reconstruct(trained, [images / "0003.png"], tmp_path / f"{name}.png", seed=seed)
     a, b, c = ((tmp_path / f"{name}.png").read_bytes() for name in "abc")
@@ -385,7 +385,7 @@ def test_a_folder_is_split_by_class_and_the_result_is_written_and_printed(run, l
     assert again == found
 
 
-def test_controls_and_shots_with_separate_test_images(run, labelled, tmp_path):
+def test_probe_with_controls_and_shots_on_separate_test_images(run, labelled, tmp_path):
     test = write_images(tmp_path / "test", 30, classes=3, seed=1)
     found = probe(run, labelled, test=str(test), kind="linear", shots=3, controls=True)
     assert (found.train_images, found.test_images) == (9, 30)
@@ -397,7 +397,7 @@ def test_controls_and_shots_with_separate_test_images(run, labelled, tmp_path):
 
 
 def rows_read(monkeypatch):
-    """The rows whose features were computed, per call."""
+    """Record the rows whose features are computed, one list per call."""
     seen = []
     real = feature_sets.features
 
@@ -410,7 +410,7 @@ def rows_read(monkeypatch):
     return seen
 
 
-def test_only_the_selected_shots_are_read(run, labelled, tmp_path, monkeypatch):
+def test_only_the_selected_training_images_are_read(run, labelled, tmp_path, monkeypatch):
     test = write_images(tmp_path / "test", 6, classes=3, seed=1)
     seen = rows_read(monkeypatch)
     probe(run, labelled, test=str(test), shots=2)
@@ -422,7 +422,7 @@ def test_only_the_selected_shots_are_read(run, labelled, tmp_path, monkeypatch):
     assert set(other) != set(more)
 
 
-def test_an_unreadable_shot_is_replaced_by_another_image_of_its_class(run, labelled, monkeypatch):
+def test_an_unreadable_training_image_is_replaced_by_another_image_of_its_class(run, labelled, monkeypatch):
     seen = rows_read(monkeypatch)
     probe(run, labelled, shots=3)
     names = sorted(path.relative_to(labelled) for path in labelled.rglob("*.png"))
@@ -478,7 +478,7 @@ def test_a_test_class_without_training_images_is_rejected_by_name(run, labelled,
         probe(run, labelled, test=str(test))
 
 
-def test_a_class_of_one_image_is_trained_on_but_not_tested(run, labelled, monkeypatch):
+def test_the_only_image_of_a_class_is_used_for_training_and_not_for_the_test(run, labelled, monkeypatch):
     for path in sorted((labelled / "class2").iterdir())[1:]:
         path.unlink()
     found = probe(run, labelled)
@@ -493,7 +493,7 @@ def test_a_class_of_one_image_is_trained_on_but_not_tested(run, labelled, monkey
         probe(run, labelled)
 
 
-def test_a_test_set_of_one_known_class_is_labelled_with_a_warning(run, labelled, tmp_path):
+def test_test_images_of_only_one_class_are_accepted_with_a_warning(run, labelled, tmp_path):
     test = tmp_path / "test"
     one = sorted(labelled.iterdir())[0]
     shutil.copytree(one, test / one.name)
@@ -504,7 +504,7 @@ def test_a_test_set_of_one_known_class_is_labelled_with_a_warning(run, labelled,
     assert any(all(name in line for name in others) and "not tested" in line for line in console.warnings)
 
 
-def test_the_error_states_why_there_are_no_labels(run, labelled, tmp_path):
+def test_the_error_for_images_without_labels_states_why_they_have_none(run, labelled, tmp_path):
     first = sorted(labelled.iterdir())[0]
     shutil.copy(sorted(first.iterdir())[0], labelled / "stray.png")
     with pytest.raises(ValueError, match=r"1 of its images lie beside the sub-folders \(stray.png\)"):
@@ -539,7 +539,7 @@ def test_results_for_other_steps_and_shots_have_separate_files(run, labelled):
 
 @pytest.fixture(scope="module")
 def igpts(tmp_path_factory):
-    """One iGPT per objective, with three blocks."""
+    """One iGPT run with three blocks for each objective."""
     folder = tmp_path_factory.mktemp("igpt")
     images = write_images(folder / "images", 16)
     small = [setting for setting in SMALL_RUN if "decoder" not in setting and "depth" not in setting]
@@ -557,7 +557,7 @@ def igpt(igpts, tmp_path):
 
 
 def measured(run, data, monkeypatch, **more):
-    """The training and test features of every probe by name, and its results."""
+    """Probe a run; return the training and test features by name of the feature set, and the result."""
     seen = []
     real = run_probe_module.predict_pooled
     monkeypatch.setattr(
@@ -570,7 +570,7 @@ def measured(run, data, monkeypatch, **more):
     return *seen[0], found
 
 
-def test_layers_are_counted_from_the_input_and_forward_returns_the_middle_one(igpt, labelled, monkeypatch):
+def test_layers_are_counted_from_the_input_and_forward_returns_the_middle_layer(igpt, labelled, monkeypatch):
     tables = {}
     for layer in ("0", "1", "last"):
         _, test, found = measured(igpt["ar"], labelled, monkeypatch, layer=layer)
@@ -596,7 +596,7 @@ def test_the_best_layer_is_chosen_without_the_test_images(igpt, labelled, tmp_pa
     assert "best linear probe of layers 0 to 3" in rows[PRETRAINED].layer.why
     assert rows[RANDOM_INIT].layer.last == 3, "the control chooses from the same layers"
     assert any(f"layer {rows[PRETRAINED].layer.number} of 3" in line for line in console.messages)
-    (test / "class0").rename(tmp_path / "aside")  # other labels, fewer images
+    (test / "class0").rename(tmp_path / "aside")  # change the labels and the number of the test images
     (test / "class1").rename(test / "class0")
     (tmp_path / "aside").rename(test / "class1")
     (test / "class2" / "0002.png").unlink()

@@ -1,4 +1,4 @@
-"""Choosing a layer on training images, and the majority over patch masks."""
+"""The choice of a layer on training images, and the majority vote over patch masks."""
 
 import numpy as np
 import pytest
@@ -73,7 +73,7 @@ def test_a_mask_depends_only_on_the_image_row_and_its_number():
                                                  precision="fp32")["x"].mean, atol=1e-3)  # fmt: skip
 
 
-def test_the_majority_wins_and_ties_are_broken_uniformly_and_repeatably():
+def test_the_majority_wins_and_ties_are_broken_uniformly_and_reproducibly():
     votes = np.array([[0, 1, 2, 2], [0, 1, 1, 0], [1, 1, 2, 1]])
     assert majority(votes, np.arange(4), 0)[:3].tolist() == [0, 1, 2]
     tied = np.repeat([[0], [1], [3]], 3000, 1)
@@ -104,7 +104,7 @@ def test_the_informative_layer_is_chosen_and_the_choice_is_explained():
     assert choose_layer(layers_of(many, 3), many, task="classes", seed=0).why.count("times") == 0
 
 
-def test_several_held_out_parts_choose_the_layer_more_reliably_than_one(monkeypatch):
+def test_the_layer_is_chosen_more_reliably_with_several_held_out_fifths_than_with_one(monkeypatch):
     """Several held-out fifths find a slightly better layer more often than a single one."""
     labels = np.arange(100) % 2
 
@@ -133,7 +133,7 @@ def test_too_few_images_to_choose_a_layer_are_rejected():
 
 @pytest.mark.parametrize("kind", ["linear", "knn"])
 def test_the_majority_over_masks_gives_one_prediction(kind):
-    """Single votes are often wrong, for different images, but their majority is right."""
+    """The prediction under a single mask is often wrong, but the majority over several masks is right."""
     labels = np.arange(300) % 2
     train = layers_of(labels, 0)[0]
     generator = np.random.default_rng(5)

@@ -67,7 +67,7 @@ def test_features_are_reproducible_and_independent_of_the_batch_size():
 
 
 class Strange(nn.Module):
-    """An encoder without class token that records its calls and has a part that stays in eval mode."""
+    """An encoder without class token that records its calls; one of its modules is always in eval mode."""
 
     def __init__(self):
         super().__init__()
@@ -94,7 +94,7 @@ def test_the_encoder_runs_in_eval_mode_without_gradients_and_its_mode_is_restore
     assert encoder.seen[-1] == (False, False, True)
 
 
-def test_the_modes_are_restored_after_a_failure_too():
+def test_the_mode_of_the_encoder_is_also_restored_after_an_error():
     class Failing(Strange):
         def forward(self, images):
             raise RuntimeError("no")
@@ -136,7 +136,7 @@ def test_raw_pixels_of_large_images_are_averaged_down():
     shrunk = RawPixels()(large).patches.reshape(21, LARGEST_PIXEL_SIDE)
     assert float(shrunk.mean()) == pytest.approx(float(large.mean()), rel=0.01)
     wide = RawPixels()(torch.zeros(1, 1, 1, 200)).patches
-    assert wide.shape == (1, 1, 32)  # a side has at least one pixel
+    assert wide.shape == (1, 1, 32)  # the shorter side is rounded up to one pixel
     square = torch.arange(64 * 64, dtype=torch.float32).reshape(1, 1, 64, 64)
     cells = RawPixels()(square).patches.reshape(32, 32)
     assert cells[0, 0] == square[0, 0, :2, :2].mean()
@@ -173,6 +173,6 @@ def test_an_empty_set_of_images_is_rejected():
         table(vit(), pixels(0))
 
 
-def test_labels_are_none_if_one_batch_has_none():
+def test_labels_are_none_if_any_batch_has_no_labels():
     mixed = [*batches(pixels(4), 4), *batches(pixels(4), 4, labels=False)]
     assert collect(RawPixels(), mixed).labels is None

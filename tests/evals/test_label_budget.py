@@ -18,7 +18,7 @@ def prediction(features, right, pool="mean"):
 
 
 def curve(scores):
-    """scores: correct predictions (pre-trained, random init, raw pixels) for each number of labels and draw."""
+    """scores: numbers of correct predictions (pre-trained, random init, raw pixels), by number of labels and draw."""
     drawn = [
         Draw(
             shots,

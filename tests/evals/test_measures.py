@@ -24,7 +24,7 @@ def test_average_precision_equals_scikit_learn_with_and_without_weights(ties):
     assert np.isnan(average_precision(np.zeros(200), scores, weights)).all()
 
 
-def test_r_squared_equals_scikit_learn_even_far_from_zero():
+def test_r_squared_equals_scikit_learn_even_for_targets_far_from_zero():
     rng = np.random.default_rng(0)
     truth = 1e6 + rng.normal(size=300)
     guess = truth + 0.5 * rng.normal(size=300)
@@ -38,7 +38,7 @@ def test_r_squared_equals_scikit_learn_even_far_from_zero():
     )
 
 
-def test_resamples_are_shared_and_centred_on_the_value():
+def test_resampled_values_are_reproducible_and_centred_on_the_value_for_all_images():
     rng = np.random.default_rng(0)
     truth = rng.normal(size=(400, 2))
     guess = truth + 0.7 * rng.normal(size=truth.shape)
@@ -73,7 +73,7 @@ def test_two_feature_sets_are_compared_resample_by_resample():
     noise = rng.normal(size=truth.shape)
 
     def sampled(features, strength):
-        guess = strength * truth + noise  # the same noise, which nearly cancels in the difference
+        guess = strength * truth + noise  # both have the same noise, which nearly cancels in the difference
         value = by_column(average_precision, truth, guess).mean()
         resamples = resampled(average_precision, truth, guess)
         low, high = np.percentile(resamples, [2.5, 97.5])

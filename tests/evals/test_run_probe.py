@@ -42,7 +42,7 @@ class RecordingConsole(Console):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """Two runs: a mae of 16 x 16 pixels, and an ae of 8 x 12."""
+    """Two runs: a mae on images of 16 x 16 pixels, and an ae on images of 8 x 12 pixels."""
     folder = tmp_path_factory.mktemp("probing")
     images = write_images(folder / "images", 16)
     small = [*SMALL_RUN, "train.steps=2", "train.picture_every=9"]
@@ -146,7 +146,7 @@ def test_results_of_another_folder_with_the_same_name_are_not_overwritten(run, d
     assert kept(run, "probe-linear-data-2") == second
 
 
-def test_features_are_cached_for_the_next_probe_until_something_changes(run, data, monkeypatch):
+def test_the_next_probe_uses_cached_features_unless_their_inputs_changed(run, data, monkeypatch):
     asked, real = [], images_module.collect_each
     monkeypatch.setattr(scan_cache, "WORTH_KEEPING", -1.0)
     monkeypatch.setattr(
@@ -174,7 +174,7 @@ def test_features_are_cached_for_the_next_probe_until_something_changes(run, dat
     assert len(asked) == 4, "features with tokens are not cached"
 
 
-def test_an_unreadable_file_is_replaced_in_every_draw(run, data):
+def test_an_unreadable_file_is_replaced_in_every_draw_of_labels(run, data):
     whole = probe(run, data, shots=(2, 4), label_draws=2)
     for path in sorted((data / "class1").iterdir())[:6]:
         path.write_bytes(b"no image")
@@ -186,7 +186,7 @@ def test_an_unreadable_file_is_replaced_in_every_draw(run, data):
         probe(run, data, shots=(2, 17))
 
 
-def test_parsing_of_shots():
+def test_the_text_of_shots_is_parsed():
     assert parse_shots(None) is None
     assert parse_shots("5") == 5
     assert parse_shots("1, 5,10") == (1, 5, 10)
@@ -294,7 +294,9 @@ def test_a_new_kind_of_probe_declares_the_name_of_its_pooling(run, trained, tmp_
     assert "The pre-trained features (maximum over tokens) reach" in curve.verdict
 
 
-def test_targets_that_a_kind_does_not_accept_are_rejected_before_features(run, data, tmp_path, new_kind, monkeypatch):
+def test_targets_that_a_kind_does_not_accept_are_rejected_before_computing_features(
+    run, data, tmp_path, new_kind, monkeypatch
+):
     monkeypatch.setattr(run_probe_module, "all_feature_sets", lambda *_, **__: pytest.fail("features were computed"))
     file = table(tmp_path / "t.csv", "path,mean", brightness(data).items())
     with pytest.raises(UserError, match="got targets of type regression, but --kind strongest accepts only classes"):
@@ -338,7 +340,7 @@ def test_other_runs_have_unique_names(run, trained, tmp_path, data):
 
 
 def brightness(data):
-    """The mean pixel value of each image by its name."""
+    """The mean pixel value of each image, by the name of the image."""
     found = {}
     for path in sorted(data.rglob("*.png")):
         with Image.open(path) as image:
@@ -388,7 +390,7 @@ def test_a_table_replaces_folders_and_images_without_a_row_are_left_out(run, dat
 
 
 @pytest.mark.parametrize("kind", ["knn", "linear", "attentive"])
-def test_quantities_and_labels_are_predicted_from_the_features(run, data, tmp_path, kind):
+def test_quantities_and_multilabel_targets_are_predicted_from_the_features(run, data, tmp_path, kind):
     bright = brightness(data)
     file = table(tmp_path / "t.csv", "path,mean,half", [(name, value, value / 2 + 3) for name, value in bright.items()])
     console = RecordingConsole()
@@ -396,7 +398,7 @@ def test_quantities_and_labels_are_predicted_from_the_features(run, data, tmp_pa
     assert (found.task, found.metric, found.names) == ("regression", "R2", ("mean", "half"))
     assert found.train_images == 48
     best = max(row.value for row in found.rows if row.features == PRETRAINED)
-    assert best > (0.3 if kind == "attentive" else 0.6)  # the head has only 40 steps
+    assert best > (0.3 if kind == "attentive" else 0.6)  # the head is trained for only 40 steps
     assert any("mean absolute error" in line for line in console.messages)
     assert kept(run, f"targets-{kind}-data-by-t-regression") == found
     bits = [(name, int(value > 100), int(value > 160), int(value > 60)) for name, value in bright.items()]

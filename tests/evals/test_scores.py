@@ -101,7 +101,7 @@ class Encoder(torch.nn.Module):
         return Features(None, images.float().flatten(2).transpose(1, 2), images.shape[2:])
 
 
-def test_raw_pixels_are_centred_and_measured_with_the_untrained_encoder(monkeypatch):
+def test_raw_pixels_are_centred_and_features_of_encoders_are_not(monkeypatch):
     encoder, untrained = Encoder(), Encoder()
     assert with_controls(encoder, None) == {PRETRAINED: encoder}
     assert list(with_controls(encoder, untrained)) == [RAW_PIXELS, RANDOM_INIT, PRETRAINED]
@@ -129,7 +129,7 @@ def test_raw_pixels_are_centred_and_measured_with_the_untrained_encoder(monkeypa
     np.testing.assert_allclose(train_x + mean, tables[RAW_PIXELS].mean[:60], rtol=1e-5)
     np.testing.assert_allclose(test_x + mean, tables[RAW_PIXELS].mean[60:], rtol=1e-5)
     assert np.abs(train_x.mean(0)).max() < 1e-3
-    np.testing.assert_array_equal(own_train, train[RANDOM_INIT].mean)  # features are not centred
+    np.testing.assert_array_equal(own_train, train[RANDOM_INIT].mean)  # features of encoders are not centred
     np.testing.assert_array_equal(own_test, test[RANDOM_INIT].mean)
 
 
@@ -182,7 +182,7 @@ def test_classes_without_training_images_count_as_wrong_with_a_caveat(kind):
     assert found.rows[1].value == pytest.approx(2 / 3)
 
 
-def test_chance_is_one_in_k_or_the_most_frequent_training_class():
+def test_chance_is_one_in_k_or_the_accuracy_of_predicting_the_most_frequent_training_class():
     assert chance_level(balanced(30), balanced(30), 3) == pytest.approx(1 / 3)
     assert chance_level(np.array([0, 0, 1]), np.array([0] * 9 + [1]), 3) == pytest.approx(0.9)
     assert chance_level(np.array([0, 0, 1]), np.array([1] * 9 + [0]), 3) == pytest.approx(1 / 3)
@@ -199,7 +199,7 @@ def test_data_that_cannot_be_probed_is_rejected():
     assert kind_names() == ["attentive", "knn", "linear", "rankme"]
 
 
-def test_the_seed_of_a_linear_probe_is_passed_on(monkeypatch):
+def test_the_seed_of_a_probe_is_passed_to_the_linear_fit(monkeypatch):
     seeds = []
     real = linear_module.fit_classes
     monkeypatch.setattr(
@@ -210,7 +210,7 @@ def test_the_seed_of_a_linear_probe_is_passed_on(monkeypatch):
 
 
 def values(count, seed=0):
-    """Return features that contain two quantities, the second with much noise."""
+    """Return features that contain two quantities, the second of them with much noise."""
     rng = np.random.default_rng(seed)
     truth = rng.normal(size=(count, 2)) * [1, 50] + [0, 1000]
     x = np.concatenate([truth @ [[1, 0], [0, 0.002]], np.zeros((count, 4))], 1) + 0.2 * rng.normal(size=(count, 6))

@@ -33,7 +33,7 @@ from unmask.interop.safetensors_file import open_safetensors
 from unmask.nn.masks import Mask
 from unmask.run import Run
 
-WITH_TIMM = "timm" in sys.modules  # set by the plugin real_timm
+WITH_TIMM = "timm" in sys.modules  # the plugin real_timm imports timm
 ENCODER = {"width": 32, "depth": 2, "heads": 2, "patch": (4, 4)}
 DECODER = {"width": 16, "depth": 1, "heads": 2}
 BEIT = {**ENCODER, "positions": "absent", "relative_bias": True, "layer_scale": 0.1}
@@ -150,9 +150,9 @@ class Block(torch.nn.Module):
 
 
 class Theirs(torch.nn.Module):
-    """timm's VisionTransformer and Beit, and the two classes of official MAE, reimplemented from their code.
+    """Reimplementation of timm's VisionTransformer and Beit, and base class of official MAE's two classes.
 
-    They test names and outputs where neither library is installed. `make` replaces timm.create_model.
+    It tests names and outputs of exports where neither library is installed. `make` replaces timm.create_model.
     """
 
     def __init__(
@@ -202,7 +202,7 @@ class Theirs(torch.nn.Module):
         return cls(**options, beit=name.startswith("beit"))
 
     def index(self):
-        """BEiT's relative positions for each pair of patches."""
+        """The index of BEiT's relative position for each pair of patches."""
         rows, cols = self.grid
         places = [(row, col) for row in range(rows) for col in range(cols)]
         last = (2 * rows - 1) * (2 * cols - 1)
@@ -232,7 +232,7 @@ class Theirs(torch.nn.Module):
 
 
 class OfficialViT(Theirs):
-    """models_vit.VisionTransformer, whose features are the class token."""
+    """Reimplementation of models_vit.VisionTransformer, whose features are the class token."""
 
     def forward_features(self, x):
         return super().forward_features(x)[:, 0]
@@ -274,7 +274,7 @@ class OfficialMAE(Theirs):
 
 @pytest.fixture
 def others(monkeypatch):
-    """The reimplementations of timm and the official code; the real timm with the plugin real_timm."""
+    """Install the reimplementations of timm and the official code as modules; with the plugin real_timm, not of timm."""
     import types
 
     timm, vit, mae = (types.ModuleType(name) for name in ("timm", "models_vit", "models_mae"))
@@ -299,7 +299,7 @@ def exported(tmp_path: Path, to: str, method, **changes) -> tuple[Path, dict]:
 
 
 def run_code(code: str) -> dict:
-    """Run the code in a model card or message."""
+    """Run the Python code that a model card or a message contains."""
     names: dict = {}
     exec(code, names)
     return names
@@ -435,7 +435,7 @@ def test_transformers_computes_the_same_outputs(tmp_path, method, changes, kind)
     images = some_images(2, encoder.spec.channels, *encoder.spec.size).to(DTYPES[encoder.spec.dtype])
     pixels = normalised(images.float(), encoder)
     if not kind.endswith("Model"):
-        return  # class scores are compared instead
+        return  # these models return class scores, which `export_run` has compared
     named = run_code(summary.load.replace("AutoImageProcessor, ", "").replace("processor = ", "# "))["model"]
     with silence_libraries():
         auto = transformers.AutoModel.from_pretrained(out).eval()
@@ -542,7 +542,7 @@ def test_the_preprocessor_of_transformers_normalises_like_the_encoder(tmp_path, 
     assert far(found, normalised(images, encoder)) < 1e-5
 
 
-def test_images_without_8_bits_get_no_preprocessor(tmp_path):
+def test_exports_for_images_other_than_8_bit_have_no_preprocessor(tmp_path):
     for number, (method, dtype) in enumerate([("simmim", "uint16"), ("simmim", "float32"), ("igpt", "uint16")]):
         run, out = make(tmp_path / f"run{number}", method, dtype=dtype), tmp_path / f"out{number}"
         summary = export_run(run, "hf", out)
@@ -553,7 +553,7 @@ def test_images_without_8_bits_get_no_preprocessor(tmp_path):
             assert "mean 100, 120, 140; std 50, 60, 70" in (out / "README.md").read_text()
 
 
-# ONNX and unmask's safetensors
+# Exports to ONNX and to unmask's safetensors
 
 
 @torch.no_grad()
@@ -566,11 +566,11 @@ def test_images_without_8_bits_get_no_preprocessor(tmp_path):
         ("dvae", {}, ["patches"]),
     ],
 )
-def test_the_graph_accepts_the_files_own_units_and_any_batch_size(tmp_path, method, changes, names):
+def test_the_onnx_graph_accepts_images_in_the_units_of_the_files_and_any_batch_size(tmp_path, method, changes, names):
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     out, summary = exported(tmp_path, "onnx", method, **changes)
-    for place in (check_export.__file__, torch.__file__):  # folders of the traced source code
+    for place in (check_export.__file__, torch.__file__):  # the traced code is in these folders
         assert str(Path(place).parent).encode() not in out.read_bytes()
     method = load(tmp_path / "run").method
     spec = method.encoder.spec
@@ -595,7 +595,7 @@ def test_the_graph_accepts_the_files_own_units_and_any_batch_size(tmp_path, meth
 
 @torch.no_grad()
 @pytest.mark.parametrize(("to", "dtype", "taken"), [("onnx-float", "uint8", "float"), ("onnx", "uint16", "uint16")])
-def test_the_graph_input_has_the_dtype_of_the_files_or_is_float(tmp_path, to, dtype, taken):
+def test_the_input_of_the_onnx_graph_has_the_dtype_of_the_files_or_float32(tmp_path, to, dtype, taken):
     pytest.importorskip("onnxscript")
     onnxruntime = pytest.importorskip("onnxruntime")
     out, summary = exported(tmp_path, to, "mae", dtype=dtype)
@@ -815,7 +815,7 @@ def test_an_export_with_different_outputs_is_removed(tmp_path, others, monkeypat
 
 @pytest.mark.parametrize("to", ["timm", "hf", "onnx"])
 def test_an_import_error_of_an_installed_library_is_reported_with_its_cause(tmp_path, monkeypatch, to):
-    """For example torchvision for another torch: the cause is reported, and the export is kept."""
+    """The simulated cause is a torchvision for another version of torch; the export is kept."""
     name = {"timm": "timm", "hf": "transformers", "onnx": "onnxruntime"}[to]
     (tmp_path / "site" / name).mkdir(parents=True)
     (tmp_path / "site" / name / "__init__.py").write_text(
@@ -979,7 +979,7 @@ def test_the_card_of_imported_weights_states_their_licence_and_origin(tmp_path, 
     run = make(tmp_path / "run", "mae")
     export_run(run, "official", tmp_path / "mae.pth")
     published = torch.load(tmp_path / "mae.pth", weights_only=True)["model"]
-    torch.save({"model": published}, tmp_path / "mae.pth")  # as other tools write it, without unmask's metadata
+    torch.save({"model": published}, tmp_path / "mae.pth")  # a file without unmask's metadata, as other tools write it
     again = import_weights(
         tmp_path / "mae.pth", tmp_path / "again", settings=["method.encoder.heads=2", "method.decoder.heads=2"]
     )
@@ -996,7 +996,7 @@ def test_the_card_of_imported_weights_states_their_licence_and_origin(tmp_path, 
     assert "Nothing was measured." in card
 
 
-def test_the_loading_code_in_a_card_works_beside_the_file(tmp_path, others, monkeypatch):
+def test_the_loading_code_in_a_card_works_in_the_folder_of_the_exported_file(tmp_path, others, monkeypatch):
     out, _ = exported(tmp_path, "timm", "classify")
     card = Path(f"{out}.md").read_text()
     assert front_matter(card)["pipeline_tag"] == "image-classification"

@@ -99,7 +99,7 @@ def official(method: MAE, *, whole: bool = True) -> dict[str, torch.Tensor]:
 
 
 @torch.no_grad()
-def test_an_imported_vitmae_predicts_the_same(transformers, tmp_path):
+def test_an_imported_vitmae_makes_the_same_predictions(transformers, tmp_path):
     theirs = transformers.ViTMAEForPreTraining(
         transformers.ViTMAEConfig(
             **SMALL, decoder_hidden_size=16, decoder_num_hidden_layers=1, decoder_num_attention_heads=2,
@@ -132,7 +132,7 @@ def test_imported_encoders_of_transformers_compute_the_same_features(transformer
     images = some_images(2, 3, 16, 16)
     core = getattr(theirs, "vit", theirs)
     expected = core(normalised(images, encoder)).last_hidden_state
-    if "MAE" in make:  # patches are shuffled even if none is hidden
+    if "MAE" in make:  # ViTMAE shuffles patches even if none is hidden
         noise = torch.arange(16.0).expand(2, -1)
         expected = core(normalised(images, encoder), noise=noise).last_hidden_state
     found = encoder(images)
@@ -291,7 +291,7 @@ def test_a_fine_tuned_official_file_is_imported_as_a_classifier(tmp_path):
 
 
 @torch.no_grad()
-def test_a_gray_image_has_the_same_features_in_one_and_three_channels(tmp_path):
+def test_a_gray_image_has_the_same_features_with_one_channel_and_with_three(tmp_path):
     ours = small_mae()
     torch.save(official(ours, whole=False), tmp_path / "mae.pth")
     heads = "method.encoder.heads=2"
@@ -330,7 +330,7 @@ def test_another_image_size_interpolates_positions_in_two_dimensions(tmp_path, c
     run = import_weights(tmp_path / "mae.pth", tmp_path / "run", settings=settings, console=Console())
     images = some_images(2, 3, 12, 24)
     method = load(run.path).method
-    # The encoder also interpolates positions itself; neither may change the row of the class token.
+    # Import and encoder both interpolate positions; neither may change the row of the class token.
     assert far(method.encoder(images).patches, ours.encoder(images).patches) < CLOSE
     table = ours.decoder.pos_embed[:, 1:].reshape(1, 4, 4, 16).permute(0, 3, 1, 2)
     table = torch.nn.functional.interpolate(table, (3, 6), mode="bicubic", align_corners=False)
@@ -517,7 +517,7 @@ def test_training_continues_from_an_imported_run(tmp_path, unmask):
     assert "learns from labels" not in err
 
 
-def test_imported_encoder_is_not_a_task(tmp_path, unmask):
+def test_an_imported_encoder_cannot_be_trained_or_tested(tmp_path, unmask):
     photos = write_images(tmp_path / "photos", 4)
     torch.save(official(small_mae(), whole=False), tmp_path / "encoder.pth")
     run = import_weights(tmp_path / "encoder.pth", tmp_path / "encoder", settings=HEADS[:1]).path
@@ -649,7 +649,7 @@ def test_sharded_and_timm_folders_are_imported_with_their_preprocessing(tmp_path
     state = {name: value.clone() for name, value in official(ours, whole=False).items()}
     folder.mkdir()
     names = sorted(state)
-    middle = [name for name in names if name.startswith("blocks.1.")]  # all names have a common prefix
+    middle = [name for name in names if name.startswith("blocks.1.")]  # names with a common prefix
     shards = {
         "model-00001.safetensors": [name for name in names if name not in middle],
         "model-00002.safetensors": middle,
@@ -673,7 +673,7 @@ def test_sharded_and_timm_folders_are_imported_with_their_preprocessing(tmp_path
         import_weights(folder, tmp_path / "no", settings=HEADS[:1])
 
 
-def test_a_preprocessor_that_does_not_normalise_is_used():
+def test_images_are_not_normalised_if_the_preprocessor_does_not_normalise():
     def normalisation(**settings):
         preprocessor = Preprocessor(image_mean=[1, 1, 1], image_std=[1, 1, 1], **settings)
         return normalisation_of(SourceMetadata(preprocessor=preprocessor), 3, halves=False)

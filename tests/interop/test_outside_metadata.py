@@ -35,7 +35,7 @@ def namespace(**more):
 @torch.no_grad()
 @pytest.mark.parametrize("target", ["norm_pixels", "pixels"])
 def test_target_and_mask_ratio_are_read_from_official_training_arguments(tmp_path, capsys, target):
-    """PRETRAIN.md sets --norm_pix_loss explicitly; the default is plain pixels."""
+    """The commands in official MAE's PRETRAIN.md set --norm_pix_loss; without this option, the target is plain pixels."""
     ours = small_mae(target=target, mask_ratio=0.5)
     args = namespace(norm_pix_loss=target == "norm_pixels", mask_ratio=0.5, input_size=16)
     torch.save({"model": official(ours), "optimizer": {}, "epoch": 3, "args": args}, tmp_path / "mae.pth")
@@ -71,7 +71,7 @@ def test_beit_normalisation_is_read_from_its_training_arguments(tmp_path):
 @torch.no_grad()
 @pytest.mark.parametrize("size", [(16, 16), (24, 24)])
 def test_an_official_simmim_checkpoint_is_imported_with_its_head(tmp_path, capsys, monkeypatch, size):
-    """Its settings are a yacs CfgNode, read without yacs; its head is a convolution followed by a pixel shuffle."""
+    """The settings of SimMIM are a yacs CfgNode, read without yacs; the head is a convolution and a pixel shuffle."""
     from unmask.methods import simmim
 
     encoder = {"width": 32, "depth": 2, "heads": 2, "patch": (4, 4), "positions": "absent", "relative_bias": True}
@@ -88,7 +88,7 @@ def test_an_official_simmim_checkpoint_is_imported_with_its_head(tmp_path, capsy
     theirs |= {"decoder.0.weight": shuffle, "decoder.0.bias": ours.head.bias.view(4, 4, 3).permute(2, 0, 1).flatten()}
 
     images = some_images(2, 3, *size)
-    tokens = ours.encoder(images).patches.mT.unflatten(2, ours.encoder.grid)  # as in the official forward
+    tokens = ours.encoder(images).patches.mT.unflatten(2, ours.encoder.grid)  # as in the official SimMIM.forward
     drawn = torch.nn.functional.pixel_shuffle(
         torch.nn.functional.conv2d(tokens, theirs["decoder.0.weight"], theirs["decoder.0.bias"]), 4
     )

@@ -1,4 +1,4 @@
-"""The attentive probe on tokens with a known class, stored in one token at a random position."""
+"""The attentive probe, on images whose class is stored in one token at a random position."""
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ from unmask.nn.features import Features
 
 
 def needles(count, *, tokens=16, width=16, classes=4, seed=0):
-    """Return (n, T, D) noise with a class signal in one token, which the others cancel in the mean."""
+    """Return tokens (n, T, D) of noise with a class signal in one token, which cancels in the mean over tokens."""
     rng = np.random.default_rng(seed)
     y = rng.integers(0, classes, count)
     x = rng.normal(size=(count, tokens, width))
@@ -36,7 +36,7 @@ def fit_attentive(tokens, positions, y, *, task, seed=0):
 
 
 def head_of(tokens, positions, y, *, task="classes", seed=0, rate=module.RATE_WITHOUT_CHOICE):
-    """Fit a head with one learning rate."""
+    """Fit an attentive head with a single learning rate."""
     return module._train(tokens, positions, module._goal(y, task)[0], task, rate, seed, "cpu")
 
 
@@ -46,14 +46,14 @@ def found():
     return x, y, test_x, test_y, fit_attentive(kept(x), np.arange(400), y, task="classes")
 
 
-def test_the_probe_finds_a_class_that_the_mean_over_tokens_hides(found):
+def test_classes_that_cancel_in_the_mean_over_tokens_are_predicted(found):
     x, y, test_x, test_y, fit = found
     assert (fit.predict(kept(test_x)) == test_y).mean() > 0.9
     assert (fit_classes(x.mean(1), y).predict(test_x.mean(1)) == test_y).mean() < 0.35, "chance is 0.25"
     assert fit.chosen["rate"] in RATES
 
 
-def test_the_same_seed_gives_the_same_answers_and_labels_may_skip_numbers(found, monkeypatch):
+def test_fits_with_the_same_seed_are_equal_and_class_numbers_may_have_gaps(found, monkeypatch):
     x, y, test_x, _, fit = found
     monkeypatch.setattr(module, "RATES", (fit.chosen["rate"],))
     torch.manual_seed(5)
@@ -78,7 +78,7 @@ def test_only_the_images_at_the_given_positions_are_fitted(monkeypatch):
     torch.testing.assert_close(same.weight, plain.weight, atol=5e-3, rtol=0.05)
 
 
-def test_a_linear_head_on_one_token_is_as_good_as_logistic_regression(monkeypatch):
+def test_with_one_token_the_head_is_as_accurate_as_logistic_regression(monkeypatch):
     x, y = load_digits(return_X_y=True)
     x = x.astype(np.float32)[:, None]
     places = np.arange(600)
@@ -109,7 +109,7 @@ def test_the_head_equals_multi_head_cross_attention():
     torch.testing.assert_close(head(x), gathered[:, 0] @ head.weight.T + head.bias)
 
 
-def test_labels_and_quantities_in_a_single_token_are_predicted(monkeypatch):
+def test_multilabel_targets_and_quantities_in_a_single_token_are_predicted(monkeypatch):
     monkeypatch.setattr(module, "RATES", (1e-2,))
     (x, y), (test_x, test_y) = needles(400), needles(300, seed=1)
     truth, test_truth = np.eye(4)[y], np.eye(4)[test_y]
@@ -130,7 +130,7 @@ def test_with_one_image_per_class_the_learning_rate_is_the_default(monkeypatch):
 
 
 class Encoder(torch.nn.Module):
-    """Pixels as patch tokens, their mean as class token, far from zero."""
+    """Encoder whose patch tokens are pixels and whose class token is their mean, all far from zero."""
 
     def forward(self, images):
         patches = 1e5 + images.float().flatten(2).transpose(1, 2)
@@ -155,7 +155,7 @@ def test_tokens_are_the_class_token_and_the_patches_standardised_in_half_precisi
     assert torch.equal(part.tokens.values, table.tokens.values[[5, 2]])
 
 
-def test_more_tokens_than_memory_are_rejected_after_one_batch(monkeypatch):
+def test_tokens_that_do_not_fit_in_memory_are_rejected_after_one_batch(monkeypatch):
     monkeypatch.setattr(collect_module, "free_memory", lambda device: 2 * 100 * 17 * 3 * 2 - 1)
     seen = []
 

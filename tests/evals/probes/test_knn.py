@@ -1,4 +1,4 @@
-"""k nearest neighbours: comparison with a simple loop, and resolution of ties."""
+"""The predictions by k nearest neighbours equal those of a simple loop, and ties are resolved as documented."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ from unmask.evals.probes.knn import TEMPERATURE, knn, knn_mean
 
 
 def by_hand(train_x, train_y, test_x, k):
-    """Predict one test image at a time, in float64."""
+    """Predict the class of one test image at a time, in float64."""
 
     def unit(x):
         length = np.linalg.norm(x, axis=1, keepdims=True)
@@ -35,7 +35,7 @@ def test_predictions_equal_those_of_a_simple_loop(k):
     np.testing.assert_array_equal(found, by_hand(train_x, train_y, test_x, k))
 
 
-def test_computing_in_pieces_changes_nothing(monkeypatch):
+def test_predictions_are_the_same_if_similarities_are_computed_in_pieces(monkeypatch):
     rng = np.random.default_rng(0)
     train_x, test_x = rng.normal(size=(90, 8)).astype(np.float32), rng.normal(size=(50, 8)).astype(np.float32)
     train_y = rng.integers(0, 5, 90)
@@ -52,12 +52,11 @@ def test_votes_depend_on_cosine_similarity_not_on_length():
 
 def test_the_lowest_rows_are_chosen_among_equally_near_neighbours():
     train_x = np.tile(np.array([[1, 0]], np.float32), (30, 1))
-    train_y = np.array([0] * 3 + [2] * 4 + [1] * 23)  # the first seven rows vote
+    train_y = np.array([0] * 3 + [2] * 4 + [1] * 23)  # with k=7, the first seven rows vote
     assert knn(train_x, train_y, train_x[:1], k=7).tolist() == [2]
     assert knn(train_x, train_y, train_x[:1], k=3).tolist() == [0]
     assert knn(train_x, train_y, train_x[:1], k=30).tolist() == [1]
-    # One neighbour is nearer than the tied ones: it is always used, and the row number breaks ties only among the
-    # others.
+    # The nearest neighbour is always used; row numbers break the tie among the others, which are equally near.
     train_x[20] = train_x[21] = [2, 2]
     assert knn(train_x, np.where(np.arange(30) == 20, 3, train_y), np.array([[1, 1]], np.float32), k=1).tolist() == [3]
 
@@ -65,7 +64,7 @@ def test_the_lowest_rows_are_chosen_among_equally_near_neighbours():
 def test_equal_votes_go_to_the_most_similar_neighbour_and_then_to_the_smaller_class(monkeypatch):
     same = np.array([[1, 0], [1, 0]], np.float32)
     assert knn(same, np.array([5, 3]), same[:1], k=2).tolist() == [3]
-    monkeypatch.setattr(module, "TEMPERATURE", np.inf)  # every neighbour's class has one vote
+    monkeypatch.setattr(module, "TEMPERATURE", np.inf)  # every neighbour has the same weight
     train_x = np.array([[1, 1], [1, 2], [2, 1], [1, 0]], np.float32)
     assert knn(train_x, np.array([1, 0, 0, 1]), np.array([[1, 1]], np.float32), k=4).tolist() == [1]
     assert knn(train_x, np.array([0, 1, 1, 1]), np.array([[1, 1]], np.float32), k=4).tolist() == [1]
@@ -97,7 +96,7 @@ def test_inputs_are_not_modified():
     np.testing.assert_array_equal(x, before)
 
 
-def test_the_weighted_mean_equals_a_simple_loop_and_the_share_of_votes(monkeypatch):
+def test_the_weighted_mean_equals_that_of_a_simple_loop_and_the_share_of_votes(monkeypatch):
     rng = np.random.default_rng(0)
     train_x, test_x = (rng.normal(size=(n, 8)).astype(np.float32) for n in (60, 30))
     y = np.stack([rng.normal(size=60) * 100, rng.integers(0, 2, 60)], 1)

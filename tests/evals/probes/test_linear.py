@@ -1,4 +1,4 @@
-"""The linear probe: agreement with scikit-learn, and choices without test images."""
+"""The linear probe agrees with scikit-learn, and its hyperparameters do not depend on test images."""
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ from unmask.evals.probes.linear import (
 
 
 class Fit:
-    """Fit a probe and predict test features."""
+    """Fit a linear probe and predict the classes of test features."""
 
     def __init__(self, fitted, test_x):
         self.predictions, self.c, self.converged = fitted.predict(test_x), fitted.chosen["c"], fitted.converged
@@ -71,7 +71,7 @@ def test_digits_are_classified_as_well_as_by_scikit_learn():
     assert (fit.predictions == direct(x[:1000], y[:1000], x[1000:], fit.c)).mean() > 0.99
 
 
-def test_c_is_the_best_on_the_held_out_part():
+def test_the_chosen_c_has_the_best_score_on_held_out_images():
     train_x, train_y = blobs(240, spread=2.5)
     fit_rows, held = hold_out(train_y, np.arange(240), 0, HOLD_OUT_FOR_C)
     mean, std = train_x.mean(0), train_x.std(0)
@@ -93,7 +93,7 @@ def test_the_search_for_c_ends_after_two_values_without_improvement(monkeypatch)
     shares, tried = (
         [0.5, 0.4, 0.6, 0.6, 0.5, 0.9, 0.9, 0.9],
         [],
-    )  # share of held-out images that each C predicts correctly
+    )  # accuracy on held-out images for each C
 
     class Scripted:
         classes_ = np.array([0, 1])
@@ -113,7 +113,7 @@ def test_test_images_never_influence_the_fit():
     train_x, train_y = blobs(200, spread=2)
     test_x, _ = blobs(60, seed=1)
     alone = [linear(train_x, train_y, test_x[i : i + 1]).predictions[0] for i in range(3)]
-    shifted = np.concatenate([test_x[:3], 1e4 * test_x])  # statistics computed from these would change the result
+    shifted = np.concatenate([test_x[:3], 1e4 * test_x])  # statistics of these features would change the predictions
     fit = linear(train_x, train_y, shifted)
     assert fit.predictions[:3].tolist() == alone
     assert fit.c == linear(train_x, train_y, test_x).c
@@ -146,26 +146,30 @@ def test_with_one_image_per_class_c_is_the_default():
     assert fit.predictions.tolist() == [0, 1, 2]
 
 
-def test_a_class_with_one_image_is_fitted_on_but_not_held_out():
+def test_the_only_image_of_a_class_is_used_for_the_fit_and_not_held_out():
     train_x, train_y = blobs(41, classes=2, spread=0.1)
-    train_y[-1] = 7  # label numbers have a gap
+    train_y[-1] = 7  # class numbers with a gap
     train_x[-1] += 500
     fit = linear(train_x, train_y, train_x)
     assert fit.c in C_GRID
     assert fit.predictions[-1] == 7
 
 
-def test_constant_features_change_nothing():
+def test_constant_features_do_not_change_predictions():
     (train_x, train_y), (test_x, _) = blobs(120), blobs(50, seed=1)
     plain = linear(train_x, train_y, test_x)
-    for value in (0.0, 0.1, 1e6):  # 0.1 is not exact in float32, so its mean in float64 differs slightly
+    for value in (
+        0.0,
+        0.1,
+        1e6,
+    ):  # 0.1 is not exact in float32, so its float64 mean differs slightly from it
         train = np.column_stack([train_x, np.full(120, value, np.float32)])
         test = np.column_stack([test_x, np.full(50, value, np.float32)])
         fit = linear(train, train_y, test)
         np.testing.assert_array_equal(fit.predictions, plain.predictions)
     noise = np.random.default_rng(0).integers(-1, 2, 120) * np.spacing(
         np.float32(7)
-    )  # rounding errors of a constant value
+    )  # values that differ by rounding errors only
     train = np.column_stack([train_x, np.float32(7) + noise.astype(np.float32)])
     test = np.column_stack([test_x, np.full(50, 7.001, np.float32)])
     np.testing.assert_array_equal(linear(train, train_y, test).predictions, plain.predictions)
@@ -191,7 +195,7 @@ def test_labels_of_any_dtype_are_accepted_and_inputs_not_modified():
     np.testing.assert_array_equal(train_x, before)
 
 
-def test_a_given_c_is_used():
+def test_a_c_given_by_the_caller_is_used():
     rng = np.random.default_rng(0)
     labels = np.arange(60) % 2
     x = (rng.normal(size=(60, 4)) + labels[:, None]).astype(np.float32)

@@ -1,4 +1,4 @@
-"""The effective rank: known spectra, and a probe of unlabelled images from the command line to the report."""
+"""The effective rank of features with known singular values, and of unlabelled images by `unmask probe`."""
 
 import html
 import json
@@ -18,14 +18,14 @@ from unmask.run import Run
 
 
 def features_with(singular, rows=50):
-    """(rows, D) features with these D singular values."""
+    """Return features (rows, D) with these D singular values."""
     rng = np.random.default_rng(0)
     left = np.linalg.qr(rng.normal(size=(rows, len(singular))))[0]
     right = np.linalg.qr(rng.normal(size=(len(singular), len(singular))))[0]
     return left @ np.diag(singular) @ right
 
 
-def test_the_rank_of_known_spectra():
+def test_the_effective_rank_of_features_with_known_singular_values():
     assert effective_rank(features_with([3.0] * 8)) == pytest.approx(8, abs=1e-3), "all directions alike"
     assert effective_rank(features_with([3.0] * 5 + [0.0] * 3)) == pytest.approx(5, abs=1e-3)
     assert effective_rank(np.outer(np.arange(1, 9), np.ones(4))) == pytest.approx(1, abs=1e-4), "one direction"
@@ -34,14 +34,14 @@ def test_the_rank_of_known_spectra():
     assert effective_rank(features_with(4 * share)) == pytest.approx(np.exp(-(share * np.log(share)).sum()), abs=1e-4)
 
 
-def test_the_rank_is_independent_of_scale_and_image_order():
+def test_the_effective_rank_is_independent_of_scale_and_image_order():
     x = np.random.default_rng(0).normal(size=(40, 6)) * np.logspace(0, 2, 6)
     assert effective_rank(1000 * x) == pytest.approx(effective_rank(x))
     assert effective_rank(x[::-1]) == pytest.approx(effective_rank(x))
     assert 1 < effective_rank(x.astype(np.float32)) < 6
 
 
-def test_images_without_labels_are_measured_with_both_controls_and_shown_in_the_report(tmp_path, monkeypatch, capsys):
+def test_unlabelled_images_are_measured_with_both_controls_and_shown_in_the_report(tmp_path, monkeypatch, capsys):
     images = write_images(tmp_path / "images", 16)
     run = Run(tmp_path / "run")
     pretrain(images, recipe="mae_nano", out=run.path, settings=[*SMALL_RUN, "train.steps=2", "train.picture_every=9"])
@@ -66,7 +66,7 @@ def test_images_without_labels_are_measured_with_both_controls_and_shown_in_the_
     assert result.verdict in page
 
 
-def test_options_about_labels_are_rejected():
+def test_options_about_labels_are_rejected_for_rankme():
     for options in ({"shots": 5}, {"test": "other"}, {"targets": "t.csv"}):
         with pytest.raises(UserError, match="but --kind rankme uses no labels; leave it out"):
             ProbeOptions(data="images", **options).check_label_free("rankme")
@@ -82,7 +82,7 @@ def test_options_about_labels_are_rejected():
         ({"mask_votes": 5}, "got --mask-votes 5, but --kind rankme has no votes; use 0 for whole images or 1 mask"),
     ],
 )
-def test_options_that_would_be_ignored_are_rejected(options, message):
+def test_options_that_rankme_would_ignore_are_rejected(options, message):
     with pytest.raises(UserError, match=re.escape(message)):
         ProbeOptions(data="images", **options).check_label_free("rankme")
     ProbeOptions(data="images", mask_votes=1).check_label_free("rankme")
