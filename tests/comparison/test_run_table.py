@@ -63,7 +63,7 @@ def two_depths(patch):
 
 @pytest.fixture(autouse=True)
 def few_cells(monkeypatch):
-    """Reduce table 1a to two cells, and skip reports and charts, in all tests; the fixture `unbroken` draws its chart."""
+    """In all tests, reduce table 1a to two cells and draw no reports and charts (except in the fixture `unbroken`)."""
     two_depths(monkeypatch)
     monkeypatch.setattr(train_cells, "write_report", lambda path: path)
     monkeypatch.setattr(table_page, "chart", lambda table: None)

@@ -11,7 +11,7 @@ from unmask.results import PRETRAINED, RANDOM_INIT, RAW_PIXELS
 
 
 def result(*rows, total=400, kind="knn"):
-    """Return the result for rows of (features, pool, accuracy); in each row, the first images are classified correctly."""
+    """Return the result for rows of (features, pool, accuracy); the first images are the correct ones in each."""
     truth = np.zeros(total, np.int64)
     predictions = [Prediction(features, pool, np.arange(total) >= share * total) for features, pool, share in rows]
     return result_of([score(each, truth, Labelling("classes", ("a", "b"))) for each in predictions], kind=kind)

@@ -274,7 +274,7 @@ class OfficialMAE(Theirs):
 
 @pytest.fixture
 def others(monkeypatch):
-    """Install the reimplementations of timm and the official code as modules; with the plugin real_timm, not of timm."""
+    """Install the reimplementations of official MAE as modules and, without the plugin real_timm, of timm."""
     import types
 
     timm, vit, mae = (types.ModuleType(name) for name in ("timm", "models_vit", "models_mae"))

@@ -35,7 +35,7 @@ def namespace(**more):
 @torch.no_grad()
 @pytest.mark.parametrize("target", ["norm_pixels", "pixels"])
 def test_target_and_mask_ratio_are_read_from_official_training_arguments(tmp_path, capsys, target):
-    """The commands in official MAE's PRETRAIN.md set --norm_pix_loss; without this option, the target is plain pixels."""
+    """Official MAE's PRETRAIN.md sets --norm_pix_loss; without this option, the target is plain pixels."""
     ours = small_mae(target=target, mask_ratio=0.5)
     args = namespace(norm_pix_loss=target == "norm_pixels", mask_ratio=0.5, input_size=16)
     torch.save({"model": official(ours), "optimizer": {}, "epoch": 3, "args": args}, tmp_path / "mae.pth")

@@ -190,7 +190,7 @@ FINE_TUNING_LENGTH = 1 / 8  # default length of fine-tuning relative to pre-trai
 def _last_blocks(base: Config) -> tuple[Cell, ...]:
     """Vary the number of fine-tuned blocks: 0, 1/2 (the last MLP), 1, 2, 4, ..., all.
 
-    For an encoder of 24 blocks, the numbers are those of the paper.
+    For an encoder of 24 blocks, the numbers of tuned blocks are those of the paper.
     """
     settings: Any = base.method
     depth = settings.encoder.depth
@@ -261,7 +261,7 @@ TABLES = {
     for table in (
         Table(
             "1a", "Table 1a: decoder depth", "decoder blocks", ("method.decoder.depth",), _depths, log=True,
-            note="The decoder depths are those of the paper, although the encoder in the paper has 24 blocks.",
+            note="The decoder depths are those of the paper, also for encoders with fewer blocks than the paper's 24.",
         ),
         Table(
             "1b", "Table 1b: decoder width", "decoder width as a share of the encoder's",

@@ -99,7 +99,7 @@ def require_probe(request: TableRequest) -> tuple[Source, int]:
         rows, held = hold_out(source.labels, rows, 0, HOLD_OUT_FOR_TEST)
         if not len(held):
             raise UserError(
-                f"{request.data} has one image per class, so none can be held out; give test images: --test"
+                f"{request.data} has one image per class, so none can be held out; give test images with --test"
             )
     else:
         test = require_labels(open_source(request.test), source.classes)

@@ -45,7 +45,8 @@ def fitted(
         weight, bias = other_channels(weight, bias, images, norms)
         weights |= {"encoder.patch_embed.proj.weight": weight, "encoder.patch_embed.proj.bias": bias}
         how = "summed" if images.channels == 1 else "repeated and scaled"
-        changes.append(f"the patch projection of {found.channels} channels is {how} to fit {images.channels}")
+        per = f"{images.channels} channel" + "s" * (images.channels > 1)
+        changes.append(f"the patch projection of {found.channels} channels is {how} to fit {per}")
     encoder: Any = config.method
     new = grid_of(images.size, encoder.encoder.patch)
     old = found.grid or new

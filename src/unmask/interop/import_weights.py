@@ -105,8 +105,8 @@ def import_own(own: OwnFile, *, out: str | Path, given: list[str], console: Cons
     source, config = own.path, own.config
     if given:
         raise ConfigError(
-            f"got {given[0]}, but {source} is an export of unmask with its own settings; leave it out: finetune "
-            "and `pretrain --from` can change them"
+            f"got {given[0]}, but {source} is an export of unmask with its own settings; leave it out; to "
+            "change settings, use finetune or `pretrain --from`"
         )
     method, weights = own.read()  # already under unmask's names
     require_whole(method.state_dict(), weights, f"{source}: an export of unmask")

@@ -167,7 +167,7 @@ def data(config: Config, plan: Plan, made: dict[str, Any]) -> str:
         )
     images = plan.images
     lines = [
-        f"`{last_name(config.data.place)}`: {plan.num_images:,} images, as {images.size[0]} x {images.size[1]} "
+        f"`{last_name(config.data.place)}`: {plan.num_images:,} images, used at {images.size[0]} x {images.size[1]} "
         f"pixels, {channels(images.channels)}, {images.dtype}.",
     ]
     settings = config.method.model_dump()

@@ -191,8 +191,8 @@ def _ratio(tensors: Mapping[str, Tensor], mlp: str, width: int) -> float:
 def _places(names: Names, network: NetworkConfig, patch: tuple[int, int]) -> tuple[int, tuple[int, int] | None]:
     """Return the number of patches with position embeddings, and the rows and columns of patches (None if unknown).
 
-    The number is 0 for a network with only a relative position bias. If the embeddings have no row for the class token
-    (timm's no_embed_class), a row of zeros is added.
+    The number of patches is 0 for a network that has only a relative position bias. If the embeddings have no row for
+    the class token (timm's no_embed_class), a row of zeros is added.
     """
     tensors, stated = names.tensors, None
     if network.image_size is not None:
@@ -209,7 +209,8 @@ def _places(names: Names, network: NetworkConfig, patch: tuple[int, int]) -> tup
         if stated is not None and stated[0] * stated[1] != places:
             raise ForeignError(
                 f"config.json states images of {network.image_size} pixels, that is {stated[0]} x {stated[1]} patches "
-                f"of {patch[0]} x {patch[1]}, but the weights have {places}; the two files belong to different models"
+                f"of {patch[0]} x {patch[1]}, but the weights have positions for {places} patches; the "
+                "two files belong to different models"
             )
         side = root(places)
         return places, stated or ((side, side) if side else None)
