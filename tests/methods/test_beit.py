@@ -309,7 +309,7 @@ def test_a_tokenizer_without_weights_is_rejected(runs):
     assert not (folder / "none").exists()
 
 
-def test_from_run_keeps_its_tokenizer_and_rejects_another(runs):
+def test_pretraining_from_a_run_keeps_its_tokenizer_and_rejects_another(runs):
     folder, images, dvae = runs
     settings = [*VERY_SMALL, *ENCODER, "train.steps=1"]
     first = pretrain(images, recipe="beit_nano", out=folder / "first", tokenizer=dvae.path, settings=settings)

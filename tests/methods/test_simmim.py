@@ -116,7 +116,8 @@ def test_the_encoder_of_the_recipe_has_a_shared_relative_bias_and_layer_scale_an
 def test_the_recipe_has_the_settings_of_the_paper():
     config = simmim_base()
     assert (config.optim.betas, config.optim.clip, config.optim.weight_decay) == ((0.9, 0.999), 5.0, 0.05)
-    assert config.optim.base_lr * config.train.batch_size / 256 == pytest.approx(4e-4)  # 1e-4 x 2048 / 512 in the code
+    # The official code has a learning rate of 1e-4 x 2048 / 512.
+    assert config.optim.base_lr * config.train.batch_size / 256 == pytest.approx(4e-4)
     assert config.data.crop.scale == (0.67, 1.0)
     assert (config.train.epochs, config.optim.warmup * config.train.epochs) == (800, 10)
     assert (config.method.mask_ratio, config.method.mask_cell) == (0.6, (2, 2))

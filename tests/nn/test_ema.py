@@ -88,7 +88,7 @@ def test_stored_values_continue_bit_for_bit():
     assert parts.values == {}
 
 
-def test_teacher_is_updated_by_the_same_rule():
+def test_a_teacher_network_is_updated_like_the_averages():
     old, new = torch.zeros(2), torch.ones(2)
     torch.testing.assert_close(moved(old, new, 0.75), torch.full((2,), 0.25))
     assert torch.equal(moved(old, new, 0.75, torch.tensor(False)), old)

@@ -45,7 +45,7 @@ def test_the_activation_is_freed_and_recomputed_in_the_backward_pass():
     torch.testing.assert_close(weight.grad, F.gelu(x.detach() * 2).flatten(0, 1).sum(0).expand(8, 8))
 
 
-def test_without_gradients_nothing_is_recorded():
+def test_no_activation_is_stored_if_gradients_are_disabled():
     with torch.no_grad():
         x = torch.randn(2, 3)
         with recomputed(F.gelu, x, F.gelu(x)) as noted:
