@@ -73,7 +73,7 @@ def test_two_feature_sets_are_compared_resample_by_resample():
     noise = rng.normal(size=truth.shape)
 
     def sampled(features, strength):
-        guess = strength * truth + noise  # both have the same noise, which nearly cancels in the difference
+        guess = strength * truth + noise  # both predictions have this noise, which nearly cancels in the difference
         value = by_column(average_precision, truth, guess).mean()
         resamples = resampled(average_precision, truth, guess)
         low, high = np.percentile(resamples, [2.5, 97.5])

@@ -890,7 +890,7 @@ def test_the_card_describes_the_model_without_paths_of_this_machine(tmp_path):
     )  # fmt: skip
     for said in (
         '"Masked Autoencoders Are Scalable Vision Learners", He et al. 2021.', "Recipe: `mae_nano`.",
-        "`photos`: 64 images, as 16 x 16 pixels, 3 channels, uint8.", "20 of 20 steps, batch 256, 80 epochs.",
+        "`photos`: 64 images, used at 16 x 16 pixels, 3 channels, uint8.", "20 of 20 steps, batch 256, 80 epochs.",
         "on a processor; seed 0", "Versions: torch 2", "Commit c0ffee.", "mean 100, 120, 140; std 50, 60, 70",
         "| Linear probe on labelled, tested on a held-out fifth of labelled, 5 labels per class | pre-trained, mean "
         "| 20 | accuracy | 62.5% (50.0% to 75.0%) |",

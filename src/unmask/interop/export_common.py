@@ -51,7 +51,7 @@ def export_metadata(loaded: Loaded) -> str:
     """Return the metadata that formats of other libraries do not store, as JSON for the header of the file.
 
     The metadata are image size, normalisation, crop, number of heads, names of classes and licence. `unmask import`
-    reads them.
+    reads these metadata.
     """
     images, settings = loaded.plan.images, loaded.config.method.model_dump()
     heads = {part: settings[part]["heads"] for part in ("encoder", "decoder") if "heads" in (settings.get(part) or {})}

@@ -21,7 +21,7 @@ from unmask.nn.gpt import Block as GPTBlock
 from unmask.nn.vit import ViT
 
 OPSET = 18
-ONE_FILE = 1 << 30  # weights of more bytes are written to a second file, because ONNX files must be below 2 GiB
+ONE_FILE = 1 << 30  # larger weights are written to a second file, because ONNX files must be below 2 GiB
 
 
 class ViTGraph(nn.Module):

@@ -6,7 +6,7 @@ are the singular values of the features:
 
     exp(-sum_k p_k log p_k),  p_k = sigma_k / sum_j sigma_j + 1e-7
 
-The effective rank is between 1 and the smaller of n and D. The paper uses it to choose among training runs of one
+The effective rank is between 1 and the smaller of n and D. The paper uses the rank to choose among training runs of one
 method, for which a higher rank correlated with better linear probes. The rank does not measure whether features are
 useful: noise has full rank.
 

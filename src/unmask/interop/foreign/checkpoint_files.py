@@ -180,7 +180,7 @@ def _read_files(files: list[Path]) -> Checkpoint:
 
 
 def _require_plain(tensors: dict[str, Any], file: Path) -> None:
-    """Raise ForeignError for tensors that are not dense, or that take far more memory than the file is large.
+    """Raise ForeignError for tensors that are not dense, or whose bytes far exceed the size of the file.
 
     A few bytes in a pickle can describe a tensor of any size, so the size is checked before any computation.
     """
