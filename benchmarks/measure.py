@@ -40,7 +40,7 @@ def command_line(doc: str | None, *, rounds: int, result: str) -> argparse.Argum
 
 
 def timings(rivals: Mapping[str, Callable[[], object]], *, rounds: int, warmup: int = 1) -> dict[str, list[float]]:
-    """Time the rivals in turns; return {rival: seconds of every call}."""
+    """Time the candidates in alternation; return {name: seconds of each call}."""
     for _ in range(warmup):
         for call in rivals.values():
             call()

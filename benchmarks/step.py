@@ -267,7 +267,7 @@ def in_child(task: Task, what: str) -> dict[str, Any]:
 
 
 def rows_of(task: Task, rivals: list[str], rounds: int) -> list[dict[str, Any]]:
-    """Return a row of results for each rival, after the row `products`."""
+    """Return one row of results per candidate. `products` must come first: shares are relative to its rate."""
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in rivals}
     for number in range(rounds):
         for name in rivals:

@@ -1,4 +1,4 @@
-"""COCO's average precision on cases computed by hand, without output of pycocotools."""
+"""Test COCO's average precision against values computed by hand, and that pycocotools prints nothing."""
 
 import sys
 

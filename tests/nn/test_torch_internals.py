@@ -50,7 +50,7 @@ def test_tensors_without_values_are_detected():
     assert not torch_internals.has_no_values(torch.ones(2))
 
 
-def test_fallbacks_work_without_the_private_parts(monkeypatch):
+def test_fallbacks_work_without_private_functions_of_torch(monkeypatch):
     monkeypatch.setattr(torch_internals, "onednn_linear", lambda: None)
     assert not linear_layer.mkl_is_slow.__wrapped__()
     monkeypatch.setattr(torch_internals.torch, "_C", object())

@@ -294,8 +294,8 @@ def find_probe(run: Run, kind: str, plan: TablePlan, *, controls: bool) -> Probe
 
 def probe_accuracy(row: FeatureScore) -> RunAccuracy:
     """Convert the score of a feature set to the accuracy of a run."""
-    assert row.low is not None, "class labels have an interval"
-    assert row.high is not None, "class labels have an interval"
+    assert row.low is not None, "the accuracy of a probe on class labels has an interval"
+    assert row.high is not None, "the accuracy of a probe on class labels has an interval"
     return RunAccuracy(accuracy=row.value, low=row.low, high=row.high, correct=row.correct, total=row.total)
 
 

@@ -102,10 +102,11 @@ def ratios(method: Method, flops: Flops) -> dict[str, float]:
     decoder.
 
     "everything" is the number of FLOPs of a forward pass with the encoder on all patches (as with mask tokens), divided
-    by the actual number. The other keys exist for MAE only. They count transformer blocks only, without the class
-    token, as papers usually do: "blocks" is the same ratio for encoder and decoder blocks (the paper's 3.3 for ViT-L),
-    "encoder" is the ratio for the encoder's blocks alone, and "decoder_per_token" is the number of FLOPs per token in
-    the decoder divided by that in the encoder (the paper's 9 %).
+    by the actual number. The other keys exist for MAE only, and count transformer blocks without the class token, as
+    papers usually do. "encoder_blocks_all_patches", "encoder_blocks_visible" and "decoder_blocks" are FLOPs. "blocks"
+    is the number of FLOPs of all blocks with the encoder on all patches, divided by that with the encoder on visible
+    patches (3.3 for ViT-L in the paper); "encoder" is the same ratio for the encoder alone. "decoder_per_token" is the
+    number of FLOPs per token in the decoder divided by that in the encoder (9 % in the paper).
     """
     if not flops.decoder or not flops.masked:
         return {}

@@ -36,7 +36,7 @@ def reject_two_sources_of_settings(recipe: str, from_run: str | Path | None) -> 
 
 
 def config_of_run(path: str | Path) -> Config:
-    """Return the settings of a run, given by its folder or config.json, for a run on other images.
+    """Read the settings of an existing run (its folder or config.json), to start a new run on other images.
 
     If the run had a time budget, its number of steps is read from its plan. Raises RunError, ConfigError.
     """

@@ -292,7 +292,7 @@ def test_name(record: FeatureMeasurement | FinetuneResult) -> str:
 
 
 def show_value(value: float, low: float | None, high: float | None, metric: str) -> str:
-    """Write a value with its interval, if there is one, and accuracies in percent."""
+    """Format a value, with its interval if there is one. Accuracies are shown in percent."""
     if low is None or high is None:
         return show_score(value, metric)
     return f"{show_score(value, metric)} ({show_score(low, metric)} to {show_score(high, metric)})"

@@ -206,7 +206,7 @@ class MPP(Method):
         return weighted_mean(nats, weights)
 
     def marginal_entropy(self, truth: Tensor) -> Tensor:
-        """Return the loss of a baseline that knows only how frequent each colour is in these patches, per softmax."""
+        """Return the mean loss, over all softmaxes, of predicting how frequent each colour is in these patches."""
         classes = LEVELS ** (self.encoder.spec.channels // self.softmaxes)
         share = F.one_hot(truth, classes).float().flatten(0, 1).mean(0)  # (S x softmaxes, classes)
         return torch.special.entr(share).sum(-1).mean()

@@ -162,7 +162,7 @@ def test_masks_of_stored_pixels_are_rotated_with_their_image(tmp_path):
         assert (again.read(5) == found.read(5)).all()
 
 
-def test_masks_of_displayed_images_are_not_rotated_and_mixtures_are_rejected(tmp_path):
+def test_masks_in_display_orientation_are_not_rotated_and_mixed_orientations_are_rejected(tmp_path):
     ids = halves(0, 1)
     root = folder(tmp_path, [ids, ids], orientation=(6, 3))
     Image.fromarray(ids.T.astype(np.uint8)).save(root / "masks" / "0.png")

@@ -110,7 +110,7 @@ def test_changes_in_unused_rows_are_ignored(tmp_path):
     assert not compare(record, open_source(tmp_path / "a"), np.array([0, 1, 2, 4, 5]))
 
 
-def test_size_and_modification_time_decide_without_a_digest(tmp_path):
+def test_without_a_digest_a_file_is_changed_if_its_size_or_modification_time_is(tmp_path):
     source = open_source(folder(tmp_path / "a"))
     record_of(source).write(tmp_path / "record")
     record = read_record(tmp_path / "record")

@@ -18,7 +18,7 @@ of the image are present; see `jpeg_repair.py`.
 
 In the scan, a file may use 512 MiB including its own bytes, as estimated from its header (`Header.memory`). A limit of
 512 MiB allows 100 megapixels as 8-bit JPEG, PNG, BMP, GIF or TIFF in strips, 53 in 16-bit colour, and about 30 as WebP.
-The loader decodes into one array, which needs additional memory.
+This estimate is for decoding in pieces, as the scan does; the loader also holds the whole decoded image.
 
 Reason codes: EMPTY NOT_IMAGE FORMAT_NOT_ALLOWED HEADER_BAD TRUNCATED CORRUPT TOO_MANY_PIXELS TOO_LARGE_FILE
 EXTREME_ASPECT UNSUPPORTED_MODE MISMATCHED_CHANNELS MISMATCHED_DTYPE TIMEOUT; and from the sources PERMISSION VANISHED
