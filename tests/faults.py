@@ -17,7 +17,7 @@ def faults(**points: Callable) -> Iterator[None]:
 
 @contextmanager
 def signal_after(number: int, sign: int = signal.SIGTERM) -> Iterator[None]:
-    """Within, this process gets a signal when optimiser step `number` (1-based) has been taken."""
+    """Context manager in which this process gets a signal when optimiser step `number` (1-based) has been taken."""
 
     def after_step(job, step):
         if step.number == number:
@@ -30,7 +30,7 @@ def signal_after(number: int, sign: int = signal.SIGTERM) -> Iterator[None]:
 
 @contextmanager
 def error_before(number: int, error: BaseException) -> Iterator[None]:
-    """Within, `error` is raised in place of optimiser step `number` (1-based)."""
+    """Context manager in which `error` is raised in place of optimiser step `number` (1-based)."""
 
     def before_step(job, at):
         if at.step + 1 == number:

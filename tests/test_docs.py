@@ -1,6 +1,8 @@
 """Test that commands, files, links and messages named in the documents exist, and that the example method works."""
 
 import ast
+import json
+import os
 import re
 import shutil
 import subprocess
@@ -53,6 +55,23 @@ def test_example_method_of_the_guide_passes_the_contract(tmp_path):
     assert "passed" in done.stdout
 
 
+@pytest.mark.slow
+def test_example_probe_of_the_guide_is_found_and_measures(tmp_path, run_folder):
+    (probe,) = blocks((ROOT / "docs" / "write-a-probe.md").read_text("utf-8"), "python")
+    shutil.copytree(ROOT / "src", tmp_path / "src")
+    (tmp_path / "src" / "unmask" / "evals" / "probes" / "nearest_mean.py").write_text(probe)
+    arguments = ["probe", run_folder, "shapes:200", "--kind", "nearest_mean", "--shots", "5", "--json"]
+    done = subprocess.run(
+        [sys.executable, "-m", "unmask", *map(str, arguments)],
+        env={**os.environ, "PYTHONPATH": str(tmp_path / "src")}, cwd=tmp_path, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["kind"] == "nearest_mean"
+    assert {row["pool"] for row in result["rows"]} == {"cls", "mean"}
+
+
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_every_command_and_option_named_in_the_documents_exists(document):
     verbs = get_command(app).commands  # type: ignore[attr-defined]
@@ -71,7 +90,7 @@ def test_every_command_and_option_named_in_the_documents_exists(document):
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_every_file_named_in_the_documents_exists(document):
     for name in re.findall(r"(?:\]\(|`)((?:docs|src|tests|benchmarks|scripts)/[\w./-]+)", document.read_text("utf-8")):
-        if "meancolour" not in name:
+        if "meancolour" not in name and "nearest_mean" not in name:
             assert (ROOT / name).exists(), f"{document.name} names {name}"
 
 
