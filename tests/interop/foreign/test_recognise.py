@@ -106,7 +106,7 @@ def test_config_json_of_another_network_is_rejected():
     for change, match in [
         ({"hidden_size": 64}, "hidden_size=64, but the tensors have 32"),
         ({"num_hidden_layers": 3}, "num_hidden_layers=3, but the tensors have 2"),
-        ({"image_size": 32}, r"images of 32 pixels, that is 8 x 8 patches.*the weights have 16"),
+        ({"image_size": 32}, r"images of 32 pixels, that is 8 x 8 patches.*the weights have positions for 16"),
         ({"hidden_act": "quick_gelu"}, "hidden_act='quick_gelu'"),
     ]:
         with pytest.raises(ForeignError, match=match):
