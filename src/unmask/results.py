@@ -13,6 +13,7 @@ This module imports neither torch nor numpy, so that reports and lists of runs l
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cache
@@ -237,7 +238,7 @@ class TestOnTheWay:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FeatureMeasurement:
+class FeatureMeasurement(ABC):
     """Base of the results of all frozen-feature probes.
 
     kind: value of --kind. title: the kind as a heading, such as "Linear probe". step: step of the checkpoint. seed:
@@ -277,9 +278,9 @@ class FeatureMeasurement:
     command: str | None = None
 
     @property
+    @abstractmethod
     def budgets(self) -> tuple[int, ...] | None:
         """Numbers of labels per class, ascending, or None if all labels were used."""
-        raise NotImplementedError
 
     def same_measurement(self, other: FeatureMeasurement) -> bool:
         """Return whether both results used the same protocol and images, so that their scores are comparable."""

@@ -161,7 +161,7 @@ def faults():
 
 before = resident()
 with memory_kept(sys.argv[1]):
-    torch.ones(12 << 20)
+    faults()  # the allocator needs three to eight allocations until it reuses its memory
     print(faults(), resident() - before)
 print(resident() - before)
 """
@@ -179,6 +179,6 @@ def kept(device: str) -> list[int]:
 def test_kept_memory_causes_no_page_faults_and_is_returned():
     (faults, held, afterwards), (usual, *_) = kept("cpu"), kept("cuda")
     assert usual > 20 * 12_000
-    assert faults < 7.5 * 12_288, "only the first allocations, up to five of twenty, cause page faults"
+    assert faults < 12_288, "not one of twenty allocations causes the page faults of its tensor"
     assert held > 12_000
     assert afterwards < held - 12_000

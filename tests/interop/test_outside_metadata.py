@@ -276,9 +276,9 @@ def test_tensors_of_the_wrong_shape_or_type_are_rejected(tmp_path, change):
 
 
 @pytest.mark.parametrize(
-    "imprint", ["null", "[]", "{", "{}", '{"mean": 3}', '{"mean": [], "std": [], "heads": {}, "eval_share": 2}']
+    "stored", ["null", "[]", "{", "{}", '{"mean": 3}', '{"mean": [], "std": [], "heads": {}, "eval_share": 2}']
 )
-def test_damaged_export_metadata_is_rejected(tmp_path, imprint):
-    torch.save({"model": official(small_mae()), "unmask_imprint": imprint}, tmp_path / "mae.pth")
+def test_damaged_export_metadata_is_rejected(tmp_path, stored):
+    torch.save({"model": official(small_mae()), "unmask_imprint": stored}, tmp_path / "mae.pth")
     with pytest.raises(UserError, match="unmask_imprint"):
         import_weights(tmp_path / "mae.pth", tmp_path / "run", settings=HEADS)
