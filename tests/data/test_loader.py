@@ -16,7 +16,7 @@ from unmask.data.augment import CropConfig
 from unmask.data.decode.bad_image import BadImage
 from unmask.data.image_reader import ImageReader
 from unmask.data.loader import choose_workers, eval_batches, training_batches
-from unmask.data.order import Order, SampleIndices
+from unmask.data.order import Order, SampleIndices, places
 
 COUNT = 20
 
@@ -364,3 +364,58 @@ def test_the_number_of_workers_is_chosen_with_a_reason(monkeypatch, device, cach
     workers, why = choose_workers(device, cached=cached)
     assert workers == expected
     assert str(workers) in why
+
+
+def parts(ranks, *, batch, repeats=1, workers=0, rank_of=lambda rank: rank):
+    """Return the samples of three micro-batches put together from the parts of all ranks, and all ranks' places."""
+    data, whole = images(repeats=repeats), {}
+    taken = [places(batch, rank_of(rank), ranks, repeats) for rank in range(ranks)]
+    for rank, own in enumerate(taken):
+        stream = training_batches(data, start=batch, batch=batch, batches=3, workers=workers, rank=rank, ranks=ranks)
+        for number, delivery in enumerate(stream):
+            got = delivery.batch
+            assert len(got) == batch // ranks
+            for place, row, epoch, pixels in zip(own, got.index, got.epoch, got.images, strict=True):
+                digest = hashlib.sha256(pixels.numpy().tobytes()).hexdigest()
+                whole[number * batch + int(place)] = (int(row), int(epoch), digest)
+    return [whole.get(number) for number in range(3 * batch)], np.sort(np.concatenate(taken))
+
+
+@pytest.mark.parametrize("repeats", [1, 2])
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("batch", [8, 16])
+def test_the_parts_of_all_ranks_are_the_whole_batch_once(batch, ranks, repeats):
+    alone, every = parts(1, batch=batch, repeats=repeats)
+    assert None not in alone
+    assert every.tolist() == list(range(batch))
+    together, every = parts(ranks, batch=batch, repeats=repeats)
+    assert every.tolist() == list(range(batch))
+    assert together == alone
+    duplicated, every = parts(ranks, batch=batch, repeats=repeats, rank_of=lambda rank: max(0, rank - 1))
+    assert every.tolist() != list(range(batch)), "two ranks with the same part are noticed"
+    assert duplicated != alone
+
+
+def test_a_part_is_the_same_with_workers():
+    assert parts(2, batch=8, workers=2)[0] == parts(1, batch=8)[0]
+
+
+@pytest.mark.parametrize(("batch", "ranks", "repeats"), [(8, 2, 1), (16, 4, 2), (24, 3, 1), (48, 4, 3), (8, 1, 1)])
+def test_a_rank_takes_pairs_of_mirrored_places(batch, ranks, repeats):
+    for rank in range(ranks):
+        own = places(batch, rank, ranks, repeats)
+        assert own.dtype == np.int64
+        assert (np.diff(own) > 0).all()
+        assert (own[::-1] == batch - 1 - own).all()
+        assert (own.reshape(-1, repeats) % repeats == np.arange(repeats)).all(), "all samples of an image are together"
+
+
+def test_a_part_that_cannot_be_halved_is_one_slice():
+    assert [places(6, rank, 2).tolist() for rank in (0, 1)] == [[0, 1, 2], [3, 4, 5]]
+    assert [places(8, rank, 4, 2).tolist() for rank in range(4)] == [[0, 1], [2, 3], [4, 5], [6, 7]]
+
+
+@pytest.mark.parametrize(("batch", "ranks", "repeats"), [(9, 2, 1), (8, 4, 4), (4, 8, 1)])
+def test_a_batch_that_cannot_be_divided_is_rejected(batch, ranks, repeats):
+    with pytest.raises(AssertionError, match="expected a multiple"):
+        places(batch, 0, ranks, repeats)

@@ -16,7 +16,7 @@ import numpy as np
 from unmask.batch import Batch
 from unmask.data.decode.bad_image import BadImage
 from unmask.data.image_reader import ImageReader, LoadedBatch
-from unmask.data.order import Order, SampleIndices
+from unmask.data.order import Order, SampleIndices, places
 from unmask.data.scan.scan import num_cores
 from unmask.data.worker_pool import WorkerPool
 
@@ -29,16 +29,21 @@ class BatchIterator(Iterator[LoadedBatch], Protocol):
 
 @dataclass
 class _Positions:
-    """The requests of a training run: `batches` micro-batches of `count` samples each, beginning at `start`."""
+    """The requests of a training run: `batches` micro-batches of `count` samples each, beginning at `start`.
+
+    own: places of the samples of each micro-batch that are requested (None: all).
+    """
 
     order: Order
     start: int
     count: int
     batches: int
+    own: np.ndarray | None = None
 
     def __iter__(self) -> Iterator[SampleIndices]:
         for number in range(self.batches):
-            yield self.order.take(self.start + number * self.count, self.count)
+            taken = self.order.take(self.start + number * self.count, self.count)
+            yield taken if self.own is None else SampleIndices(taken.index[self.own], taken.epoch[self.own])
 
 
 @dataclass
@@ -64,14 +69,18 @@ def training_batches(
     workers: int,
     pin: bool = False,
     folder: Path | None = None,
+    rank: int = 0,
+    ranks: int = 1,
 ) -> BatchIterator:
     """Return `batches` batches of `batch` images, beginning at sample number `start`, decoded by `workers` processes.
 
-    The processes start immediately and end with the iterator. folder: see `WorkerPool`. Raises BadImage if a bad file
-    cannot be replaced, and LoadingFailed if a worker dies or stalls.
+    The processes start immediately and end with the iterator. folder: see `WorkerPool`. rank, ranks: return only the
+    part of each batch that one of several ranks takes, see `order.places`. Raises BadImage if a bad file cannot be
+    replaced, and LoadingFailed if a worker dies or stalls.
     """
     order = Order(images.rows, images.seed, images.repeats)
-    return _deliveries(images, _Positions(order, start, batch, batches), workers=workers, pin=pin, folder=folder)
+    own = None if ranks == 1 else places(batch, rank, ranks, images.repeats)
+    return _deliveries(images, _Positions(order, start, batch, batches, own), workers=workers, pin=pin, folder=folder)
 
 
 def eval_batches(images: ImageReader, rows: np.ndarray, *, batch: int, workers: int = 0) -> Iterator[Batch]:

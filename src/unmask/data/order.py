@@ -26,6 +26,24 @@ class SampleIndices:
     epoch: np.ndarray  # (B,) int64
 
 
+def places(count: int, rank: int = 0, ranks: int = 1, repeats: int = 1) -> np.ndarray:
+    """Return the places of one rank's samples within a micro-batch of `count` samples, ascending int64.
+
+    Each rank takes an equal part, and all samples of an image are in the same part, so that it is decoded once. If the
+    part can be halved, its second half mirrors the first: with place p a rank also takes place count - 1 - p, because
+    `nn/mixing.py` mixes these two. Otherwise the part is one slice.
+    """
+    assert 0 <= rank < ranks, f"got rank {rank} of {ranks}"
+    assert count % (ranks * repeats) == 0, (
+        f"got a micro-batch of {count} samples; expected a multiple of {ranks} ranks x {repeats} repeats"
+    )
+    part = count // ranks
+    if ranks == 1 or part % (2 * repeats):
+        return np.arange(rank * part, (rank + 1) * part, dtype=np.int64)
+    half = np.arange(rank * part // 2, (rank + 1) * part // 2, dtype=np.int64)
+    return np.concatenate([half, count - 1 - half[::-1]])
+
+
 @dataclass
 class Order:
     """Map sample numbers to images. rows: the usable rows of the source. repeats: see the module docstring."""
