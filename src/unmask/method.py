@@ -20,6 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import ClassVar, NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -57,7 +58,8 @@ class Clock:
     step, total: number of optimiser steps done, and in all. rng: random draws. micro: number of the micro-batch within
     the step. share: share of the training done, if the number of steps has changed during the training (None: step /
     total). counted: 0-d bool on the device, False if the step was skipped because of non-finite numbers; set in
-    `Method.after_step` only.
+    `Method.after_step` only. place: (B,) int64, places of the images in the global batch of the step, for batches that
+    are a part of a micro-batch (None: the batch is a whole micro-batch).
     """
 
     step: int
@@ -66,11 +68,19 @@ class Clock:
     micro: int = 0
     share: float | None = None
     counted: Tensor | None = None
+    place: np.ndarray | None = None
 
     @property
     def progress(self) -> float:
         """Share of the training done, 0 to 1, for schedules such as a temperature."""
         return self.step / max(1, self.total) if self.share is None else self.share
+
+    def places(self, count: int) -> np.ndarray:
+        """Return the places of the batch's `count` images in the global batch of the step, (B,) int64."""
+        if self.place is None:
+            return self.micro * count + np.arange(count)
+        assert len(self.place) == count, f"{len(self.place)} places for {count} images"
+        return self.place
 
 
 @dataclass(frozen=True)

@@ -132,14 +132,18 @@ def test_erasing_puts_noise_into_a_box_of_some_images():
     images = torch.full((64, 3, 32, 32), 9.0)
     given = np.random.default_rng(0).random((64, ERASE_DRAWS))
     mean, std = torch.tensor([100.0, 110, 120]), torch.tensor([10.0, 10, 10])
-    after = erase(images, given, 0.25, mean, std, seed=3)
+    seeds = np.arange(64)
+    after = erase(images, given, 0.25, mean, std, seeds=seeds)
     changed = (after != 9).flatten(1).any(1)
     assert 0.1 < changed.float().mean() < 0.4
     assert torch.equal(changed, torch.from_numpy(given[:, 0] < 0.25) & changed)
     noise = after[changed][after[changed] != 9]
     assert noise.mean() == pytest.approx(110, abs=2)
-    assert torch.equal(after, erase(images, given, 0.25, mean, std, seed=3))
-    assert not torch.equal(after, erase(images, given, 0.25, mean, std, seed=4))
+    assert torch.equal(after, erase(images, given, 0.25, mean, std, seeds=seeds))
+    assert not torch.equal(after, erase(images, given, 0.25, mean, std, seeds=seeds + 1))
+    assert torch.equal(after[40:], erase(images[40:], given[40:], 0.25, mean, std, seeds=seeds[40:])), (
+        "the noise of an image does not depend on the other images of the batch"
+    )
     share = (after[changed] != 9).float().mean((1, 2, 3))
     assert share.min() > 0.015
     assert share.max() < 0.36

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from typing import Any, Self
 
+import numpy as np
 from pydantic import SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from unmask.batch import ImageSpec
@@ -111,12 +112,12 @@ class Plan(Settings):
         done = (step - self.since + 1) / (self.ramp + 1)
         return rate if self.earlier is None or done >= 1 else self.from_lr + (rate - self.from_lr) * done
 
-    def clock(self, step: int, draws: Draws, micro: int = 0) -> Clock:
-        """Return the `Clock` to pass to a method at optimiser step `step`."""
+    def clock(self, step: int, draws: Draws, micro: int = 0, place: np.ndarray | None = None) -> Clock:
+        """Return the `Clock` to pass to a method at optimiser step `step`. micro, place: see `Clock`."""
         if self.earlier is not None and step < self.since:
-            return self.earlier.clock(step, draws, micro)
+            return self.earlier.clock(step, draws, micro, place)
         share = self.place(step) / self.first_steps if self.replans else None
-        return Clock(step=step, total=self.steps, rng=draws, micro=micro, share=share)
+        return Clock(step=step, total=self.steps, rng=draws, micro=micro, share=share, place=place)
 
     def passed(self, step: int, every: int) -> bool:
         """Return whether step `step` reaches a multiple of `every` steps of the original schedule."""

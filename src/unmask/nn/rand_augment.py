@@ -19,7 +19,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 OPERATIONS = 2  # Number of operations per image.
@@ -63,11 +63,14 @@ def erase(
     probability: float,
     mean: Float[Tensor, " C"],
     std: Float[Tensor, " C"],
-    seed: int,
+    seeds: Int[np.ndarray, " B"],
 ) -> Float[Tensor, "B C H W"]:
-    """Replace a random box in some of the images by normal noise. mean, std, seed: parameters of the noise."""
+    """Replace a random box in some of the images by normal noise.
+
+    mean, std: mean and standard deviation of the noise in each channel. seeds: seed of the noise of each image.
+    """
     height, width = images.shape[2:]
-    generator = torch.Generator(images.device).manual_seed(seed)
+    generator = torch.Generator(images.device)
     images = images.clone()
     logs = np.log(ERASED_ASPECT)
     for row, (whether, area, aspect, down, across) in enumerate(draws.tolist()):
@@ -77,6 +80,7 @@ def erase(
         if whether >= probability or not (0 < tall < height and 0 < wide < width):
             continue
         top, left = int(down * (height - tall + 1)), int(across * (width - wide + 1))
+        generator.manual_seed(int(seeds[row]))
         noise = torch.randn(len(mean), tall, wide, generator=generator, device=images.device)
         images[row, :, top : top + tall, left : left + wide] = noise * std[:, None, None] + mean[:, None, None]
     return images

@@ -129,7 +129,7 @@ class Classifier(Task[Tensor, None]):
         and the micro-batch.
         """
         config, seed, count = self.config, clock.rng.seed, len(images)
-        step, place = np.full(count, clock.step), clock.micro * count + np.arange(count)
+        step, place = np.full(count, clock.step), clock.places(count)
         targets = soft_targets(labels, len(config.classes), config.smoothing)
         if config.rand_augment is not None:
             unit = (images.float() - self.low) / (self.high - self.low)
@@ -137,9 +137,10 @@ class Classifier(Task[Tensor, None]):
             unit = rand_augment(unit, uniform(seed, Stream.RAND_AUGMENT, step, place, DRAWS), config.rand_augment, fill)
             images = self.low + unit * (self.high - self.low)
         if config.erasing:
-            draws, noise = uniform(seed, Stream.ERASE, step, place, ERASE_DRAWS), self.batch_words(Stream.ERASE, clock)
+            draws = uniform(seed, Stream.ERASE, step, place, ERASE_DRAWS)
+            seeds = words(seed, Stream.ERASE, step, place, ERASE_DRAWS + 1)[:, ERASE_DRAWS]
             mean, std = self.encoder.mean, self.encoder.std
-            images = erase(images.float(), draws, probability=config.erasing, mean=mean, std=std, seed=int(noise[0]))
+            images = erase(images.float(), draws, config.erasing, mean=mean, std=std, seeds=seeds)
         draws = self.batch_words(Stream.MIX, clock) * 2.0**-32
         return mix(images, targets, draws, mixup=config.mixup, cutmix=config.cutmix)
 
