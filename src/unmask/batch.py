@@ -106,7 +106,7 @@ class Batch:
     def join(parts: Sequence[Batch]) -> Batch:
         """Concatenate batches, in order. All batches need the same fields and the same number of boxes."""
         if any(part.valid is not None for part in parts):
-            parts = [part if part.valid is not None else part._all_valid() for part in parts]
+            parts = [part.with_valid() for part in parts]
         filled = [name for name, value in vars(parts[0]).items() if isinstance(value, Tensor)]
         return replace(parts[0], **{name: torch.cat([getattr(part, name) for part in parts]) for name in filled})
 
@@ -119,7 +119,10 @@ class Batch:
             )
         return self.labels
 
-    def _all_valid(self) -> Batch:
+    def with_valid(self) -> Batch:
+        """Return the batch with `valid` set, True for all pixels if it was None."""
+        if self.valid is not None:
+            return self
         height, width = self.size or self.images.shape[2:]
         return replace(self, valid=torch.ones(len(self), height, width, dtype=torch.bool, device=self.images.device))
 

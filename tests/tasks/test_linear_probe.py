@@ -1,5 +1,7 @@
 """The paper's linear probe trains only its head, and bad batches do not change its BatchNorm statistics."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -50,6 +52,17 @@ def test_non_finite_tokens_do_not_change_running_statistics():
     loss(method, batch())
     before = method.norm.running_mean.clone(), method.norm.running_var.clone()
     method.remember(torch.full((4, 32), float("nan")))
+    assert torch.equal(method.norm.running_mean, before[0])
+    assert torch.equal(method.norm.running_var, before[1])
+
+
+def test_a_batch_with_a_non_finite_image_does_not_change_running_statistics():
+    method, bad = make(), batch()
+    loss(method, bad)
+    before = method.norm.running_mean.clone(), method.norm.running_var.clone()
+    images = bad.images.float()
+    images[3] = float("nan")
+    assert not loss(method, replace(bad, images=images)).isfinite()
     assert torch.equal(method.norm.running_mean, before[0])
     assert torch.equal(method.norm.running_var, before[1])
 

@@ -28,6 +28,7 @@ from unmask.batch import Batch, ImageSpec
 from unmask.errors import UserError
 from unmask.method import Clock, Loss, Method, MethodConfig, Picture
 from unmask.nn import corrupt
+from unmask.nn.batch_sums import mean_count
 from unmask.nn.dense import DenseConfig, DenseDecoder, DenseEncoder, TiedDecoder
 from unmask.nn.valid import pixel_weights
 from unmask.nn.vit import Pair
@@ -126,9 +127,9 @@ class DAE(Method):
         """
         weights = torch.where(touched, self.config.alpha, self.config.beta)
         if valid is None:
-            return (self.encoder.errors(guess, pixels) * weights).sum() / weights.sum()
+            return (self.encoder.errors(guess, pixels) * weights).sum() / mean_count(weights.sum())
         weights = weights * valid
-        return (self.encoder.errors(guess, pixels) * weights).sum() / weights.sum().clamp(min=SMALLEST_WEIGHT)
+        return (self.encoder.errors(guess, pixels) * weights).sum() / mean_count(weights.sum(), SMALLEST_WEIGHT)
 
     def picture(self, batch: Batch, clock: Clock) -> Picture:
         """Draw original, corrupted image and reconstruction; one baseline predicts the mean colour, one the input."""

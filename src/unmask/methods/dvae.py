@@ -28,6 +28,7 @@ from torch import Tensor
 
 from unmask.batch import Batch, ImageSpec
 from unmask.method import Clock, Loss, Method, MethodConfig, Picture
+from unmask.nn.batch_sums import batch_sum, num_parts
 from unmask.nn.conv_vae import ConvDecoder, ConvEncoder, ConvVAEConfig, squeeze
 from unmask.nn.losses import mean_square, weighted_mean
 from unmask.nn.patches import normalise
@@ -175,7 +176,11 @@ def logit_laplace(guess: Tensor, unit: Tensor, weights: Tensor | None = None) ->
 
 
 def usage(ids: Tensor, codes: int) -> tuple[Tensor, Tensor]:
-    """Return (perplexity, share of the codes that occur) of ids of any shape, as two 0-d float32 tensors."""
+    """Return (perplexity, share of the codes that occur) of ids of any shape, as two 0-d float32 tensors.
+
+    Both are of the whole micro-batch.
+    """
     counts = torch.zeros(codes, device=ids.device).scatter_add(0, ids.flatten(), torch.ones_like(ids.flatten()).float())
-    entropy = torch.special.entr(counts / ids.numel()).sum()
+    counts = batch_sum(counts)
+    entropy = torch.special.entr(counts / (ids.numel() * num_parts())).sum()
     return entropy.exp(), (counts > 0).float().mean()

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from unmask.batch import Batch, ImageSpec
 from unmask.errors import UserError
 from unmask.method import Clock, Loss, Method, MethodConfig, Picture
+from unmask.nn.batch_sums import batch_sum, mean_count
 from unmask.nn.colour_palette import k_means
 from unmask.nn.gpt import GPT, GPTConfig
 from unmask.nn.losses import weighted_mean
@@ -109,7 +110,7 @@ class IGPT(Method):
         guess = self.head(self.encoder.run(ids, hidden)).float()  # (B, N, k)
         nats = F.cross_entropy(guess.flatten(0, 1), ids.flatten(), reduction="none").view_as(ids)
         right = (guess.argmax(-1) == ids).float()
-        used = guess.new_zeros(guess.shape[-1]).index_fill(0, ids.flatten(), 1.0)
+        used = batch_sum(guess.new_zeros(guess.shape[-1]).index_fill(0, ids.flatten(), 1.0)).clamp(max=1)
         weights = patch_weights(valid_patches(batch, self.encoder.patch))
         if hidden is None:
             mean = partial(weighted_mean, weights=weights)
@@ -179,7 +180,7 @@ class IGPT(Method):
 def mean_over(values: Tensor, hidden: Tensor) -> Tensor:
     """Average over the hidden tokens of each image, then over the images that have hidden tokens: (B, N) -> ()."""
     of_image = (values * hidden).sum(1) / hidden.sum(1).clamp(min=1)
-    return of_image.sum() / hidden.any(1).sum().clamp(min=1)
+    return of_image.sum() / mean_count(hidden.any(1).sum(), least=1.0)
 
 
 def repeat_or_any(ids: Tensor, colours: int) -> Tensor:

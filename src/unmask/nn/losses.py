@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from unmask.nn.batch_sums import mean_count
+
 
 def mean_square(
     guess: Float[Tensor, "*shape"], truth: Float[Tensor, "*shape"], weights: Tensor | None = None
@@ -23,12 +25,13 @@ def weighted_mean(values: Float[Tensor, "*shape"], weights: Tensor | None = None
     """Return the mean of the values with weight 1, ignoring those with weight 0; a differentiable 0 if all weights are
     0.
 
-    weights: 0 or 1, of a shape that broadcasts to that of `values` (None: all are 1).
+    weights: 0 or 1, of a shape that broadcasts to that of `values` (None: all are 1). Their sum is that of the whole
+    micro-batch, see `mean_count`.
     """
     if weights is None:
         return values.mean()
     weights = weights.to(values.dtype).expand_as(values)
-    return (values * weights).sum() / weights.sum().clamp(min=1)
+    return (values * weights).sum() / mean_count(weights.sum(), least=1.0)
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[object]:

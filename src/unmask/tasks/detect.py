@@ -43,6 +43,7 @@ from unmask.errors import UserError
 from unmask.method import Clock, Loss, Picture
 from unmask.metrics.average_precision import ImageBoxes, average_precision, true_boxes
 from unmask.metrics.measurement import Measurement, Metric
+from unmask.nn.batch_sums import mean_count
 from unmask.nn.blocks import draw_paths
 from unmask.nn.boxes import area, clip, giou, outline, suppress
 from unmask.nn.freeze import freeze
@@ -311,11 +312,11 @@ def around(sides: Float[Tensor, "*n 4"]) -> Float[Tensor, "*n 4"]:
 def error(guess: Guess, truth: Truth) -> Loss:
     """Return the loss described in the module docstring, and log its three parts."""
     assigned = (truth.label >= 0).float()
-    count = assigned.sum().clamp(min=1)
+    count = mean_count(assigned.sum(), least=1.0)
     right = truth.label[..., None] == torch.arange(guess.classes.shape[2], device=truth.label.device)
     classes = focal(guess.classes, right.float()).sum() / count
     off = (1 - giou(around(guess.sides), around(truth.sides))) * truth.centreness
-    sides = off.sum() / truth.centreness.sum().clamp(min=1e-6)
+    sides = off.sum() / mean_count(truth.centreness.sum(), least=1e-6)
     off_centre = F.binary_cross_entropy_with_logits(guess.centreness, truth.centreness, reduction="none") * assigned
     centreness = off_centre.sum() / count
     logs = {"classes": classes.detach(), "boxes": sides.detach(), "centreness": centreness.detach()}

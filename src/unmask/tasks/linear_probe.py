@@ -25,6 +25,7 @@ from unmask.errors import UserError
 from unmask.method import Clock, Loss, Picture
 from unmask.metrics.accuracy import measure_accuracy
 from unmask.metrics.measurement import Measurement, Metric
+from unmask.nn.batch_sums import batch_var_mean, num_parts
 from unmask.nn.inputs import Scale
 from unmask.nn.vit import ViT
 from unmask.task import Task, TaskConfig
@@ -87,20 +88,34 @@ class LinearProbe(Task[Tensor, None]):
         with torch.no_grad():
             features = self.encoder.features(images)
         token = (features.pooled if features.cls is None else features.cls).float()
-        if self.training:
-            self.remember(token)
-        return self.head(self.norm(token)).float()
+        return self.head(self._normalise(token) if self.training else self.norm(token)).float()
+
+    def _normalise(self, tokens: Tensor) -> Tensor:
+        """Normalise with the statistics of the micro-batch, and update BatchNorm's running statistics."""
+        variance, mean = self.remember(tokens)
+        if num_parts() == 1:  # without its running statistics, to which torch also adds non-finite numbers
+            return F.batch_norm(tokens, None, None, training=True, eps=BATCH_NORM_EPS)
+        count = len(tokens) * num_parts()
+        return (tokens - mean) * (variance * (count - 1) / count + BATCH_NORM_EPS).rsqrt()
 
     @torch.no_grad()
-    def remember(self, tokens: Tensor) -> None:
-        """Update BatchNorm's running statistics; non-finite tokens leave them unchanged."""
-        if len(tokens) < 2:
+    def remember(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Update BatchNorm's running statistics; non-finite tokens leave them unchanged.
+
+        Returns the unbiased variance and the mean of the micro-batch.
+        """
+        if len(tokens) * num_parts() < 2:
             raise UserError("got a micro-batch of one image; BatchNorm needs at least two; set train.micro_batch=2")
-        variance, mean = torch.var_mean(tokens, 0)
-        finite = tokens.isfinite().all()
-        for kept, now in ((self.norm.running_mean, mean), (self.norm.running_var, variance)):
-            assert kept is not None, "BatchNorm tracks running statistics"
+        norm = self.norm
+        assert norm.running_mean is not None, "BatchNorm tracks running statistics"
+        assert norm.running_var is not None, "BatchNorm tracks running statistics"
+        assert norm.num_batches_tracked is not None, "BatchNorm tracks running statistics"
+        variance, mean = batch_var_mean(tokens)
+        finite = mean.isfinite().all() & variance.isfinite().all()
+        for kept, now in ((norm.running_mean, mean), (norm.running_var, variance)):
             kept.copy_(torch.where(finite, kept.lerp(now, MOMENTUM), kept))
+        norm.num_batches_tracked.add_(1)
+        return variance, mean
 
     def picture(self, batch: Batch, clock: Clock) -> Picture:
         """Draw the images; the baseline predicts the same probability for all classes."""

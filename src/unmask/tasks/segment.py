@@ -34,6 +34,7 @@ from unmask.errors import UserError
 from unmask.method import Clock, Loss, Picture
 from unmask.metrics import mean_iou
 from unmask.metrics.measurement import Measurement, Metric
+from unmask.nn.batch_sums import mean_count
 from unmask.nn.blocks import draw_paths
 from unmask.nn.freeze import freeze
 from unmask.nn.inputs import Scale
@@ -200,13 +201,13 @@ def colour_table(count: int) -> Float[Tensor, "K 3"]:
 
 def error(logits: Float[Tensor, "B K H W"], maps: Int[Tensor, "B H W"]) -> Float[Tensor, ""]:
     """Return the mean cross-entropy of the annotated pixels, 0 if there are none."""
-    counted = (maps != IGNORED).sum().clamp(min=1)
+    counted = mean_count((maps != IGNORED).sum(), least=1.0)
     return F.cross_entropy(logits, maps, ignore_index=IGNORED, reduction="sum") / counted
 
 
 def right_share(guess: Int[Tensor, "B H W"], maps: Int[Tensor, "B H W"]) -> Float[Tensor, ""]:
     """Return the share of the annotated pixels whose class is correct."""
-    return (guess == maps).sum() / (maps != IGNORED).sum().clamp(min=1)
+    return (guess == maps).sum() / mean_count((maps != IGNORED).sum(), least=1.0)
 
 
 def require_maps(batch: Batch) -> Int[Tensor, "B H W"]:
