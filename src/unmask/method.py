@@ -187,7 +187,11 @@ class Method(nn.Module, ABC):
 
     @abstractmethod
     def loss(self, batch: Batch, clock: Clock) -> Loss:
-        """Return the loss of one batch, in float32 under any autocast precision."""
+        """Return the loss of one batch, in float32 under any autocast precision.
+
+        The batch may be a part of a micro-batch: means over a number of values that depends on the data use
+        `nn.batch_sums.mean_count`.
+        """
 
     @abstractmethod
     def picture(self, batch: Batch, clock: Clock) -> Picture:
