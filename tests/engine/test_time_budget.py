@@ -4,6 +4,7 @@ import json
 import random
 from itertools import pairwise
 
+import numpy as np
 import pytest
 from conftest import SMALL_RUN, pretrain
 from faults import faults
@@ -58,6 +59,15 @@ def test_schedule_without_replans_is_bit_identical_to_the_plain_one():
         assert found.lr(step) == learning_rate(step, steps=100, warmup_steps=10, peak=1.0)
         assert found.clock(step, None).progress == step / 100
         assert found.passed(step, 7) == (step % 7 == 0)
+
+
+@pytest.mark.parametrize("step", [10, 60])
+def test_clock_knows_the_places_of_the_images_before_and_after_a_change_of_length(step):
+    found = plan(earlier=plan(), since=50)
+    assert found.clock(step, None, micro=2).places(4).tolist() == [8, 9, 10, 11]
+    assert found.clock(step, None, micro=2, place=np.array([8, 15])).places(2).tolist() == [8, 15]
+    with pytest.raises(AssertionError, match="2 places for 4 images"):
+        found.clock(step, None, place=np.array([8, 15])).places(4)
 
 
 @pytest.mark.parametrize("changes", [((40, 60),), ((40, 400),), ((3, 50), (20, 300), (280, 281)), ((99, 150),)])
