@@ -48,11 +48,12 @@ def images(tmp_path: Path) -> Path:
     return write_images(tmp_path / "images", 30)
 
 
-def pretrain(data, *, out=None, budget=None, console=None, **options):
+def pretrain(data, *, out=None, budget=None, resume_auto=False, console=None, **options):
     """Pre-train with the fields of `PretrainOptions` as keywords."""
     from unmask.engine import pretraining as module
 
-    return module.pretrain(data, module.PretrainOptions(**options), out=out, budget=budget, console=console)
+    options = module.PretrainOptions(**options)
+    return module.pretrain(data, options, out=out, budget=budget, resume_auto=resume_auto, console=console)
 
 
 def small(*settings: str) -> list[str]:

@@ -128,7 +128,9 @@ class Run:
             return run
         if run.path.exists():
             what = "a file" if not run.path.is_dir() else "a folder that is not empty"
-            resume = f", or continue the run: unmask resume {path}" if (run.path / CONFIG).exists() else ""
+            resume = ""
+            if (run.path / CONFIG).exists():
+                resume = f", or continue the run: unmask resume {path}, or the command that began it with --resume auto"
             raise RunError(f"{path} is {what}; a new run needs a new or empty folder: choose another --out{resume}")
         return run
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import unmask.tasks
 from unmask.commands.declare import Panel, Request, command
-from unmask.commands.options import Budget, NewRun, RunFolder
+from unmask.commands.options import Budget, NewRun, Resume, RunFolder
 from unmask.commands.trained_run import conclude, run_exit_code, run_json
 from unmask.console import Console
 from unmask.errors import UserError
@@ -94,6 +94,7 @@ class FinetuneRequest(Request):
         ),
     ] = "auto"
     out: NewRun = None
+    resume: Resume = "never"
     last_blocks: Annotated[
         float | None,
         Option(
@@ -153,5 +154,13 @@ def finetune(request: FinetuneRequest, console: Console) -> "Run":
         settings=request.settings,
     )
     data = str(request.data)
-    run = run_finetune(request.run, data, options, out=request.out, budget=request.budget, console=console)
+    run = run_finetune(
+        request.run,
+        data,
+        options,
+        out=request.out,
+        budget=request.budget,
+        resume_auto=request.resume == "auto",
+        console=console,
+    )
     return conclude(run, console)

@@ -61,6 +61,16 @@ Budget = Annotated[
     ),
 ]
 NewRun = Annotated[str | Path | None, Option("New run folder.", metavar="RUN", default="runs/DATA-RECIPE")]
+Resume = Annotated[
+    str,
+    Option(
+        "Whether to continue the run in --out",
+        choices=lambda: {
+            "never": "--out must be free",
+            "auto": "if this command began it",
+        },
+    ),
+]
 
 
 @dataclass(frozen=True)

@@ -86,7 +86,7 @@ def set_values(run_folder: str | Path, assignments: Iterable[str], *, console: C
         step = checkpoint.newest_step(run) or 0
         new = _checked(run, config, plan=plan, asked=asked, step=step)
         new_plan = replanned(config, new, plan=plan, asked=asked, step=step)
-        changes = {key: [_value(config, key), _value(new, key)] for key in keys(new)}
+        changes = {key: [value_of(config, key), value_of(new, key)] for key in keys(new)}
         changes = {key: pair for key, pair in changes.items() if pair[0] != pair[1]}
         if not changes and new_plan == plan:
             console.print(f"{run.path}: already has these settings; nothing was changed")
@@ -149,7 +149,7 @@ def _checked(run: Run, config: Config, plan: Plan, asked: Mapping[str, Any], ste
             f"them: unmask pretrain DATA --from {run.path}"
         )
     other = [f"{key}=none" for key in LENGTH if wanted and key not in wanted]
-    new = override(config, [*other, *(f"{key}={_text(value)}" for key, value in asked.items())])
+    new = override(config, [*other, *(f"{key}={text_of(value)}" for key, value in asked.items())])
     supervised = config.method.name in task_names()
     if "train.test_every" in asked and not supervised:
         raise ConfigError(
@@ -260,11 +260,18 @@ def _print_changes(run: Run, changes: Mapping[str, Any], plan: Plan, new: Plan, 
         console.print(f"{run.path}: recorded")
 
 
-def _text(value: Any) -> str:
+def is_settable(key: str) -> bool:
+    """Return whether `unmask set` can change this setting."""
+    return not any(key == refused or key.startswith(f"{refused}.") for refused in REFUSED)
+
+
+def text_of(value: Any) -> str:
+    """Return the value of a setting as `--set` accepts it."""
     return "none" if value is None else value if isinstance(value, str) else json.dumps(value)
 
 
-def _value(config: Config, key: str) -> Any:
+def value_of(config: Config, key: str) -> Any:
+    """Return the value of a setting as JSON, or None if the configuration does not have this setting."""
     tree: Any = config.model_dump(mode="json")
     with suppress(KeyError):
         for part in key.split("."):

@@ -7,16 +7,20 @@ the first step. `engine/start_run.py` makes the plan and trains; `engine/continu
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from unmask.config import Config, ConfigError, parse
 from unmask.console import Console
 from unmask.data.sources.open_source import open_source
+from unmask.data.sources.source import Source
 from unmask.data.sources.tiff_samples import apply_reading
-from unmask.engine import initial_weights
+from unmask.engine import continue_run, initial_weights
+from unmask.engine.continue_or_start import ChosenFrom, Request, run_to_continue
 from unmask.engine.device import choose_device
 from unmask.engine.pretrain_options import PretrainOptions
 from unmask.engine.resolve import (
+    Facts,
     choose_config,
     config_of_run,
     draft_config,
@@ -45,17 +49,22 @@ def pretrain(
     *,
     out: str | Path | None = None,
     budget: float | str | Budget | None = None,
+    resume_auto: bool = False,
     console: Console | None = None,
 ) -> Run:
     """Pre-train on the images of `data` and return the run, which is finished or was stopped (see `run.status()`).
 
     data: one source or several. out: a new folder (None: named after data and recipe). budget: seconds, or a time such
-    as "30m", for this whole call; the number of steps is adapted to the speed of training. console: prints messages and
+    as "30m", for this whole call; the number of steps is adapted to the speed of training. resume_auto: whether to
+    continue the run in `out` if this call began it (`engine/continue_or_start.py`). console: prints messages and
     progress; `Console(quiet=True)` prints only warnings. Raises UserError. Invalid settings are reported before any
     image is opened.
     """
     reject_several_processes()
     options, console, budget = options or PretrainOptions(), console or Console(), as_budget(budget)
+    asked = Request.of("pretrain", data, budget, options)
+    if resume_auto and (begun := run_to_continue(out, asked, partial(choose_again, options, budget), console)):
+        return continue_run.resume(begun.path, console=console)
     recipe, from_run = options.recipe, options.from_run
     base = base_of(options)
     settings = settings_of(options, base)
@@ -71,15 +80,46 @@ def pretrain(
     source, found = scan_source(source, draft, console)
     for line in odd_image_warnings(source, found):
         console.warn(line)
-    if base is not None:
-        chosen = resolve_config(base, settings, budget=budget, source=source)
-        reasons: tuple[str, ...] = (f"settings of {options.config}" if from_run is None else f"weights of {from_run}",)
-    else:
-        chosen, reasons, _ = choose_config(
-            source, found, recipe=recipe, settings=settings, device=device, budget=budget
-        )
-    request = TrainingRequest(source=source, scan=found, config=chosen, device=device, budget=budget, reasons=reasons)
+    chosen, reasons = choose(options, base, settings, found, device=device, budget=budget, source=source)
+    request = TrainingRequest(
+        source=source,
+        scan=found,
+        config=chosen,
+        device=device,
+        budget=budget,
+        reasons=reasons,
+        record=asked.record(found),
+    )
     return start_run(request, out=out, console=console)
+
+
+def choose(
+    options: PretrainOptions,
+    base: Config | None,
+    settings: list[str],
+    found: Facts,
+    *,
+    device: str,
+    budget: Budget | None,
+    source: Source | None = None,
+) -> tuple[Config, tuple[str, ...]]:
+    """Return the configuration for images with the facts `found`, and the reasons for choices. Raises ConfigError.
+
+    base, settings: results of `base_of` and `settings_of`.
+    """
+    if base is None:
+        config, reasons, _ = choose_config(source, found, options.recipe, settings, device, budget=budget)
+        return config, reasons
+    origin = f"settings of {options.config}" if options.from_run is None else f"weights of {options.from_run}"
+    return resolve_config(base, settings, budget=budget, source=source), (origin,)
+
+
+def choose_again(options: PretrainOptions, budget: Budget | None, config: Config, found: ChosenFrom) -> Config:
+    """Return the configuration that these options choose for the images of a run with these facts."""
+    base = base_of(options)
+    settings = settings_of(options, base)
+    draft_config(base, options.recipe, settings, budget)
+    return choose(options, base, settings, found, device=found.device, budget=budget)[0]
 
 
 def base_of(options: PretrainOptions) -> Config | None:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from unmask.batch import ImageSpec
 from unmask.config import ENCODER, Config, ConfigError, override, parse, task_names
 from unmask.data.augment import crop_for
-from unmask.data.scan.scan import Scan
 from unmask.data.sources.source import Source
 from unmask.engine import initial_weights
 from unmask.engine.image_size import candidates
@@ -26,6 +25,17 @@ from unmask.run import Run
 MOST_EPOCHS_A_STEP = 256
 MOST_PATCHES = 1 << 18
 SIZE_KEYS = ("data.size", "method.encoder.patch", "method.pattern")
+
+
+class Facts(Protocol):
+    """The facts about images from which settings are chosen; attributes as in `Scan`."""
+
+    @property
+    def usable(self) -> int: ...
+    @property
+    def median_size(self) -> tuple[int, int]: ...
+    @property
+    def sampled(self) -> bool: ...
 
 
 def reject_two_sources_of_settings(recipe: str, from_run: str | Path | None) -> None:
@@ -248,7 +258,13 @@ def reject_absurd_size(config: Config) -> None:
 
 
 def choose_config(
-    source: Source, found: Scan, recipe: str, settings: list[str], device: str, *, budget: Budget | None
+    source: Source | None,
+    found: Facts,
+    recipe: str,
+    settings: list[str],
+    device: str,
+    *,
+    budget: Budget | None,
 ) -> tuple[Config, tuple[str, ...], list[str]]:
     """Return the configuration, the reasons for choices that depend on the images, and these choices as KEY=VALUE.
 
@@ -269,7 +285,7 @@ def choose_config(
 
 
 def config_by_name(
-    source: Source, found: Scan, recipe: str, settings: list[str], *, budget: Budget | None
+    source: Source | None, found: Facts, recipe: str, settings: list[str], *, budget: Budget | None
 ) -> tuple[Config, tuple[str, ...], list[str]]:
     """Return the result of `choose_config` for a named recipe.
 

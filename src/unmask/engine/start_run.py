@@ -46,7 +46,7 @@ def start_run(request: TrainingRequest, *, out: str | Path | None, console: Cons
 
     files = {
         CONFIG: config.model_dump(mode="json"),
-        PROVENANCE: provenance(plan) | initial_weights.licence(config),
+        PROVENANCE: provenance(plan) | initial_weights.licence(config) | dict(request.record),
         PLAN: plan.model_dump(mode="json"),
     }
     folder = out if out is not None else free_name(source, config)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
@@ -41,7 +43,8 @@ class TrainingRequest:
     """The inputs of `plan_training`: images, their scan, and the resolved settings.
 
     scan: scan of `source`. budget: time budget, or None if the settings determine the length. reasons: sentences that
-    explain why the settings were chosen. supervised: the images of a supervised run, or None for pre-training.
+    explain why the settings were chosen. supervised: the images of a supervised run, or None for pre-training. record:
+    what the command asked for, for provenance.json (`Request.record`).
     """
 
     source: Source
@@ -51,6 +54,7 @@ class TrainingRequest:
     budget: Budget | None = None
     reasons: tuple[str, ...] = ()
     supervised: SupervisedSplit | None = None
+    record: Mapping[str, Any] = field(default_factory=dict)
 
 
 def scan_source(source: Source, draft: Config, console: Console) -> tuple[Source, Scan]:

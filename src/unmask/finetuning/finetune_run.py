@@ -33,6 +33,7 @@ from unmask.engine import (
     resolve,
     training_data,
 )
+from unmask.engine.continue_or_start import ChosenFrom, Request, run_to_continue
 from unmask.engine.device import choose_device
 from unmask.engine.load import read_config
 from unmask.engine.start_run import start_run
@@ -69,7 +70,7 @@ from unmask.recipes import catalogue
 from unmask.results import read_score
 from unmask.run import Run
 from unmask.system.processes import reject_several_processes
-from unmask.task import PartialTaskConfig
+from unmask.task import MaskTaskConfig, PartialTaskConfig
 
 
 @dataclass(frozen=True)
@@ -157,16 +158,22 @@ def finetune(
     *,
     out: str | Path | None = None,
     budget: float | str | Budget | None = None,
+    resume_auto: bool = False,
     console: Console | None = None,
 ) -> Run:
     """Train the encoder of `from_run` on a task with annotated images; return the new run, which is finished or was
     stopped.
 
-    out: a new folder (None: named automatically). budget: seconds, or a time such as "30m". `resume` continues a
-    stopped run. Raises UserError for invalid input.
+    out: a new folder (None: named automatically). budget: seconds, or a time such as "30m". resume_auto: whether to
+    continue the run in `out` if this call began it (`engine/continue_or_start.py`). `resume` continues a stopped run.
+    Raises UserError for invalid input.
     """
     options, console, budget = options or FinetuneOptions(), console or Console(), as_budget(budget)
     task = task_for(options.task, options.recipe)
+    asked = Request.of("finetune", data, budget, options, from_run=from_run)
+    choose_again = partial(configure_again, from_run, replace(options, task=task), budget)
+    if resume_auto and (begun := run_to_continue(out, asked, choose_again, console)):
+        return resume(begun.path, console=console)
     if out is not None:
         Run.check_free(out)
     settings = checked_settings(task, options, budget, console)
@@ -214,6 +221,7 @@ def finetune(
         budget=budget,
         reasons=reasons,
         supervised=split,
+        record=asked.record(found, labelled=len(examples.train)),
     )
     done = start_run(request, out=out, console=console)
     report_result(done, console)
@@ -273,8 +281,7 @@ def configure(
             "got data.pages=samples; expected first or channels: labels, masks and boxes belong to files, not to pages"
         )
     source, found = training_data.scan_source(annotated.source, config, console)
-    if task_class(config.method.name).whole_images() and "data.size" not in parse(options.settings):
-        config = enlarged(config, found.median_size, catalogue.find(recipe).data.size, console)
+    config = sized(config, found.median_size, options, console)
     if options.from_scratch and settings_of(config).trained_blocks is not None:
         raise ConfigError(
             "got --from-scratch and --last-blocks together; frozen random blocks learn nothing; leave one of them out"
@@ -282,6 +289,35 @@ def configure(
     initial_weights.require_size(config)
     resolve.require_method(config)
     return config, source, found
+
+
+def sized(config: Config, median: tuple[int, int], options: FinetuneOptions, console: Console) -> Config:
+    """Return the configuration with an image size that suits the task and the images, unless the size is set."""
+    if not task_class(config.method.name).whole_images() or "data.size" in parse(options.settings):
+        return config
+    return enlarged(config, median, catalogue.find(options.recipe).data.size, console)
+
+
+def configure_again(
+    from_run: str | Path, options: FinetuneOptions, budget: Budget | None, config: Config, found: ChosenFrom
+) -> Config:
+    """Return the configuration that these options choose for the images of a run with this configuration and facts.
+
+    The annotations are not read again: what depends on them is copied from the run.
+    """
+    quiet, run, theirs = Console(quiet=True), Run.open(from_run), settings_of(config)
+    options = replace(options, settings=checked_settings(str(options.task), options, budget, quiet))
+    if options.recipe == "auto":
+        pretrained: Any = read_config(run).method
+        task = task_class(str(options.task))
+        recipe, _ = choose_recipe(task, pretrained.encoder, found.labelled, from_scratch=options.from_scratch)
+        options = replace(options, recipe=recipe)
+    new = config_from_run(run, theirs.classes, options.recipe, from_scratch=options.from_scratch)
+    if isinstance(theirs, MaskTaskConfig) and isinstance(new.method, MaskTaskConfig):
+        read = {name: getattr(theirs, name) for name in ("ignored", "values", "stored_pixels")}
+        new = new.model_copy(update={"method": new.method.model_copy(update=read)})
+    new = resolve.resolve_config(new, list(options.settings), budget=budget)
+    return sized(new, found.median_size, options, quiet)
 
 
 def reasons_for(examples: Examples, data: str, options: FinetuneOptions, console: Console) -> list[str]:
