@@ -12,7 +12,7 @@ import os
 import pkgutil
 import signal
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from typing import Annotated, Any
 
@@ -24,9 +24,10 @@ from unmask.commands.command_line import build
 from unmask.commands.declare import FAILED, STOPPED, USAGE, Command, Panel
 from unmask.commands.trained_run import is_unfinished
 from unmask.console import escape_controls
-from unmask.errors import TrainingFailed, UserError
+from unmask.errors import TrainingFailed, UserError, nearest
 from unmask.option import options_of
 from unmask.run import RunInUse, held_here
+from unmask.system.launched_process import LaunchedProcess
 from unmask.system.output_sinks import install
 from unmask.system.shell_command import as_shell_command
 from unmask.system.stop_requests import INTERRUPTED, interrupts
@@ -71,6 +72,17 @@ def declared(name: str) -> Command:
 
 
 VERBS = Verbs()
+
+
+def parse_command(words: Sequence[str]) -> dict[str, Any]:
+    """Parse a command line without running it; return {option: value}. `--help` prints the help and exits.
+
+    Raises an error of click if the command line is wrong.
+    """
+    name, *rest = words
+    if name not in VERBS:
+        raise UserError(f"got {name}; expected a command; {nearest(name, VERBS)}")
+    return VERBS[name].make_context(f"unmask {name}", list(rest)).params
 
 
 class _Group(TyperGroup):
@@ -127,6 +139,9 @@ def main() -> None:
         # a training step up to a hundred times slower. Without other programs, limiting the spinning costs nothing
         # (docs/LOG.md).
         os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+    process = LaunchedProcess()
+    if process.stopped:
+        sys.exit(process.exit_code(STOPPED))
     held_here.clear()
     outputs = install() if sys.stdout in (sys.__stdout__, None) else None  # a test may capture stdout
     with interrupts(), as_shell_command(sys.argv[1:]):
@@ -137,7 +152,7 @@ def main() -> None:
         if lost:
             print(escape_controls(f"error: {lost}"), file=sys.stderr)
         code = code or FAILED
-    sys.exit(code)
+    sys.exit(process.exit_code(code))
 
 
 def _run() -> int:

@@ -34,7 +34,8 @@ def build(name: str, verb: Command) -> Any:
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {each.name: each.annotation for each in parameters}
     app = typer.Typer(add_completion=False, rich_markup_mode="rich")
-    app.command(name, help=verb.help, rich_help_panel=verb.panel.value)(run)
+    settings = {"allow_interspersed_args": not verb.passes_on}
+    app.command(name, help=verb.help, rich_help_panel=verb.panel.value, context_settings=settings)(run)
     return get_command(app)
 
 

@@ -63,6 +63,7 @@ class Command:
 
     request: class of the options. call: function of a request and a Console; the functions below get its result. panel:
     title in `unmask --help`. trains: whether the verb rejects launchers of several processes, such as torchrun.
+    passes_on: whether everything after the first positional argument belongs to it, options too.
     renamed: {option of an earlier version: new option}. to_json: returns the object that --json prints (None: the
     result itself). text: returns the output without --json (None: no output). exit_code: returns the exit code (None:
     always 0).
@@ -72,6 +73,7 @@ class Command:
     call: Callable[[Any, Console], Any]
     panel: Panel
     trains: bool = False
+    passes_on: bool = False
     renamed: Mapping[str, str] = field(default_factory=dict)
     to_json: Callable[[Any], Any] | None = None
     text: Callable[[Any], str] | None = None

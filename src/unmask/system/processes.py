@@ -51,11 +51,23 @@ def end_with_parent() -> None:
     if parent is None:
         return
     if sys.platform == "linux":
-        with suppress(OSError, AttributeError):
-            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        _ask_kernel_to_end_with_parent()
         if multiprocessing.get_start_method() == "fork" and os.getppid() != parent.pid:
             os._exit(1)  # the parent died before prctl was called
     threading.Thread(target=_exit_after, args=(parent.sentinel,), daemon=True, name="parent watch").start()
+
+
+def end_with(parent: int) -> None:
+    """Make this process end when its parent, the process with this id, dies for any reason. Linux only."""
+    if sys.platform == "linux":
+        _ask_kernel_to_end_with_parent()
+        if os.getppid() != parent:
+            os._exit(1)  # the parent died before prctl was called
+
+
+def _ask_kernel_to_end_with_parent() -> None:
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
 def _exit_after(sentinel: int) -> None:
