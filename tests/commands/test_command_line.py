@@ -19,7 +19,7 @@ from unmask.errors import name_in_errors
 VERBS = [
     "demo", "check", "pretrain", "import", "export", "palette", "resume", "finetune", "predict", "reconstruct", "probe",
     "embed", "ablate", "compare", "report", "plan", "recipes", "doctor", "pack",
-    "ls", "prune", "set",
+    "ls", "prune", "set", "launch",
 ]  # fmt: skip
 
 
