@@ -192,14 +192,18 @@ def test_a_port_in_use_and_a_missing_host_are_sentences(place):
         (Layout(gpus=2, processes=2), "got both --gpus and --processes"),
         (Layout(nodes=2), "without --address"),
         (Layout(nodes=2, address="a:1"), "without --node-rank"),
-        (Layout(nodes=2, address="a:1", node_rank=2), "got --node-rank 2; expected 0 to 1"),
+        (Layout(nodes=2, address="a:1", node_rank=2), "got --node-rank 2 with --nodes 2; expected 0 to 1"),
         (Layout(nodes=2, address="a", node_rank=0), "got --address a; expected HOST:PORT"),
-        (Layout(address="a:1"), "with one host"),
+        (Layout(node_rank=1), "got --node-rank 1 with --nodes 1; expected 0 to 0"),
     ],
 )
 def test_contradictory_options_are_rejected(layout, message):
     with pytest.raises(UserError, match=message):
         [layout.local_processes(), layout.host_and_port()].clear()
+
+
+def test_one_host_needs_no_address_but_scripts_may_give_one():
+    assert Layout(nodes=1, node_rank=0, address="node0:29500").host_and_port() is None
 
 
 def test_the_command_is_checked_before_any_process_starts(unmask):

@@ -57,19 +57,20 @@ class Layout:
         return self.gpus or self.processes or max(1, found)
 
     def host_and_port(self) -> tuple[str, int] | None:
-        """Return the address of host 0, or None for a single host. Raises UserError for contradictions."""
-        if self.nodes == 1:
-            if self.node_rank or self.address is not None:
-                raise UserError("got --node-rank or --address with one host; give --nodes N too, or leave them out")
+        """Return the address of host 0, or None for a single host, which needs none.
+
+        Raises UserError for contradictory options.
+        """
+        if self.nodes == 1 and not self.node_rank:
             return None
+        if self.node_rank is not None and self.node_rank >= self.nodes:
+            raise UserError(
+                f"got --node-rank {self.node_rank} with --nodes {self.nodes}; expected 0 to {self.nodes - 1}"
+            )
         if self.address is None or self.node_rank is None:
             raise UserError(
                 f"got --nodes {self.nodes} without {'--address' if self.address is None else '--node-rank'}; expected "
                 f"--node-rank 0 to {self.nodes - 1}, and the same --address HOST:PORT on every host"
-            )
-        if self.node_rank >= self.nodes:
-            raise UserError(
-                f"got --node-rank {self.node_rank}; expected 0 to {self.nodes - 1}, for --nodes {self.nodes}"
             )
         host, _, port = self.address.rpartition(":")
         if not host or not port.isdecimal() or not 0 < int(port) < 65536:
