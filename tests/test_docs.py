@@ -81,7 +81,8 @@ def test_every_command_and_option_named_in_the_documents_exists(document):
     for line in [*in_blocks, *in_sentences]:
         words = line.split("#")[0].split()
         assert words[1] in verbs, line
-        known = {name for parameter in verbs[words[1]].params for name in parameter.opts} | {"--help"}
+        named = [words[1], *(word for word in words[2:] if words[1] == "launch" and word in verbs)]
+        known = {name for verb in named for parameter in verbs[verb].params for name in parameter.opts} | {"--help"}
         for word in words[2:]:
             option = re.match(r"\[?(--[a-z-]+)", word)
             assert option is None or option[1] in known, f"{line}: {option[1]} is not an option of {words[1]}"

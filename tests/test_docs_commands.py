@@ -26,6 +26,7 @@ DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 NOT_RUN = {"LOG.md": "a lab notebook with commands that take hours", "index.md": "repeats commands of other pages"}
 ELSEWHERE = {
     "demo": "tests/commands/test_demo.py runs it",
+    "launch": "tests/distributed/test_launch.py runs it",
     "ablate": "tests/comparison/test_run_table.py runs every table",
 }
 MODEL = [*SMALL_RUN, "method.encoder.patch=[4,4]"]
