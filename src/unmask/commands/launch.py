@@ -1,5 +1,6 @@
 """`unmask launch`: run a command in several processes, with torchrun."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
 from importlib import import_module
@@ -59,6 +60,7 @@ class LaunchRequest(Request):
 @command(LaunchRequest, panel=Panel.TRAIN, passes_on=True, exit_code=int)
 def launch(request: LaunchRequest, console: Console) -> int:
     """Return the exit code of the processes if it is the same in all, else 1."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # warnings about names of hosts; torch reads this once
     from unmask.engine import torchrun
     from unmask.errors import UserError
 
