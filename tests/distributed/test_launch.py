@@ -25,8 +25,8 @@ PROGRAM = """
     process, what, rank = LaunchedProcess(), sys.argv[1], int(os.environ["RANK"])
     number = os.environ["TORCHELASTIC_RESTART_COUNT"]
     Path(f"{rank}.{number}.pid").write_text(f"{os.getpid()} {os.environ['OMP_NUM_THREADS']}")
-    if process.stopped:
-        sys.exit(process.exit_code(75))
+    if process.ends_with is not None:
+        sys.exit(process.exit_code(process.ends_with))
     caught = []
     for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"):
         signal.signal(getattr(signal, name), lambda got, frame: caught.append(signal.Signals(got).name))
@@ -35,6 +35,11 @@ PROGRAM = """
         sys.exit(process.exit_code(int(sys.argv[2 + rank])))
     if what == "once":  # fails at first
         sys.exit(process.exit_code(1 if number == "0" else 0))
+    if what in ("usage", "usage-waits") and rank == 0:
+        sys.exit(process.exit_code(2))
+    if what == "usage":
+        time.sleep(0.5)
+        os._exit(2)
     if what == "killed" and rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     while not caught or what == "stubborn":
@@ -121,6 +126,13 @@ def test_a_killed_process_ends_the_others_and_is_named(place):
     assert code == 1
     assert "(local rank 1) was ended by SIGKILL, perhaps because memory ran out" in err
     assert len(err.splitlines()) == 1
+    assert all_ended()
+
+
+@pytest.mark.parametrize("what", ["usage", "usage-waits"])
+def test_wrong_input_that_one_process_reports_ends_all_and_is_not_repeated(place, what):
+    assert launch("--processes", 2, "--max-restarts", 2, "--timeout", 5, what) == (2, "")
+    assert {file.name for file in place.glob("*.ready")} == {"0.0.ready", "1.0.ready"}
     assert all_ended()
 
 

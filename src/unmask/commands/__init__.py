@@ -140,8 +140,8 @@ def main() -> None:
         # (docs/LOG.md).
         os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     process = LaunchedProcess()
-    if process.stopped:
-        sys.exit(process.exit_code(STOPPED))
+    if process.ends_with is not None:
+        sys.exit(process.exit_code(process.ends_with))
     held_here.clear()
     outputs = install() if sys.stdout in (sys.__stdout__, None) else None  # a test may capture stdout
     with interrupts(), as_shell_command(sys.argv[1:]):

@@ -31,6 +31,7 @@ from unmask.system.processes import STOP_SIGNALS
 PEER_SECONDS = "UNMASK_PEER_SECONDS"
 MODULE = "unmask"  # what the processes run; tests replace it
 FAILED = 1
+WATCH = 0.5  # seconds between two looks at the reported exit codes
 UNUSED_SIGNAL = "SIGURG"  # given to torchrun so that it installs no handlers for the signals that are forwarded here
 
 
@@ -111,7 +112,7 @@ def run(command: Sequence[str], layout: Layout, limits: Limits, console: Console
         os.environ[launched_process.FOLDER] = folder
         os.environ[launched_process.LAUNCHER] = str(os.getpid())
         failures: dict[int, ProcessFailure] = {}
-        with forwarded_signals(Path(folder), limits.shutdown_timeout) as stop:
+        with supervised(Path(folder), limits) as stop:
             try:
                 torch_run.run(asked)
             except ChildFailedError as error:
@@ -131,17 +132,26 @@ class Stop:
 
 
 @contextmanager
-def forwarded_signals(folder: Path, seconds: float) -> Iterator[Stop]:
-    """Context manager that forwards the stop signals to the processes, and kills them after `seconds`.
+def supervised(folder: Path, limits: Limits) -> Iterator[Stop]:
+    """Context manager that forwards the stop signals to the processes, and kills processes that do not end.
 
-    Before there are any processes, a signal raises KeyboardInterrupt.
+    These are processes that still run `shutdown_timeout` seconds after a signal, or `timeout` seconds after another one
+    has rejected its input. Before there are any processes, a signal raises KeyboardInterrupt.
     """
-    stop, timers = Stop(), list[threading.Timer]()
+    stop, timers, ended = Stop(), list[threading.Timer](), threading.Event()
 
     def kill() -> None:
         stop.killed = True
+        (folder / launched_process.STOP).touch()
         for process in _started():
             process.kill()
+
+    def watch() -> None:
+        while not ended.wait(WATCH):
+            if launched_process.USAGE in launched_process.read_codes(folder).values():
+                if not ended.wait(limits.timeout):
+                    kill()
+                return
 
     def forward(number: int, frame: FrameType | None) -> None:
         if not (started := _started()):
@@ -154,7 +164,7 @@ def forwarded_signals(folder: Path, seconds: float) -> Iterator[Stop]:
             except psutil.NoSuchProcess:
                 continue
         if not timers:
-            timers.append(threading.Timer(seconds, kill))
+            timers.append(threading.Timer(limits.shutdown_timeout, kill))
             timers[0].daemon = True
             timers[0].start()
 
@@ -163,9 +173,11 @@ def forwarded_signals(folder: Path, seconds: float) -> Iterator[Stop]:
         number = getattr(signal, name)
         if signal.getsignal(number) != signal.SIG_IGN:
             before[number] = signal.signal(number, forward)
+    threading.Thread(target=watch, daemon=True, name="unmask launch").start()
     try:
         yield stop
     finally:
+        ended.set()
         for timer in timers:
             timer.cancel()
         for number, handler in before.items():
@@ -181,6 +193,8 @@ def _conclude(
 ) -> int:
     """Return the common exit code, and report processes that a signal has ended."""
     if stop.killed:
+        if set(codes.values()) == {launched_process.USAGE}:  # the others waited for one that has rejected its input
+            return launched_process.USAGE
         console.warn("the processes did not stop in time and were killed; continue from the last checkpoint")
         return FAILED
     if failures:

@@ -17,23 +17,30 @@ FOLDER, LAUNCHER = "UNMASK_LAUNCH_FOLDER", "UNMASK_LAUNCH_PROCESS"
 """Environment variables: the folder of the files, and the process id of the launcher."""
 STOP = "stop"
 """Name of the file that exists if a stop was requested; a process that starts after that ends at once."""
-STOPPED = 75
-NOT_RESTARTED = (0, 2, STOPPED, 130)
+USAGE, STOPPED = 2, 75
+NOT_RESTARTED = (0, USAGE, STOPPED, 130)
 
 
 class LaunchedProcess:
-    """The part of a process in `unmask launch`. It has no effect in processes that were started otherwise."""
+    """The part of a process in `unmask launch`. It has no effect in processes that were started otherwise.
+
+    ends_with: exit code with which the process must end at once, because restarting does not help; else None.
+    """
 
     def __init__(self) -> None:
         folder, launcher = os.environ.pop(FOLDER, None), os.environ.pop(LAUNCHER, "")
         self._file: Path | None = None
-        self.stopped = False
+        self.ends_with: int | None = None
         if folder is None:
             return
         end_with(int(launcher))
         self._file = code_file(Path(folder), int(os.environ["RANK"]))
-        self._file.unlink(missing_ok=True)  # left by the process before a restart
-        self.stopped = (Path(folder) / STOP).exists()
+        if USAGE in read_codes(Path(folder)).values():  # before a restart
+            self.ends_with = USAGE
+        elif (Path(folder) / STOP).exists():
+            self.ends_with = STOPPED
+        else:
+            self._file.unlink(missing_ok=True)
 
     def exit_code(self, code: int) -> int:
         """Report the exit code of the command, and return the code with which the process must exit."""
@@ -52,4 +59,5 @@ def code_file(folder: Path, rank: int) -> Path:
 
 def read_codes(folder: Path) -> dict[int, int]:
     """Return {rank: reported exit code}."""
-    return {int(file.stem): int(file.read_text()) for file in folder.glob("*.code")}
+    texts = {int(file.stem): file.read_text() for file in folder.glob("*.code")}
+    return {rank: int(text) for rank, text in texts.items() if text}
