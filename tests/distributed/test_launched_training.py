@@ -1,4 +1,4 @@
-"""A training under `unmask launch` goes on after a kill and after a stop, and ends with the weights of an unbroken run."""
+"""A training under `unmask launch` goes on after a kill and after a stop; its weights are those of an unbroken run."""
 
 import hashlib
 import os
