@@ -36,6 +36,7 @@ OTHER = {
     "data.test": "y", "data.annotations": "masks", "data.test_annotations": "more", "data.test_split": "val",
     "train.test_every": 6, "method.encoder.norm_eps": 1e-5, "train.steps": 3, "train.epochs": 4, "train.batch_size": 12,
     "train.micro_batch": 6, "train.seed": 5, "train.precision": "fp32", "train.device": "cpu", "train.compile": True,
+    "train.parallel": "fsdp", "train.recompute": True,
     "train.log_every": 2, "train.checkpoint_every": 9, "train.checkpoint_minutes": 1, "train.keep_checkpoints": 3,
     "train.picture_every": 8, "train.picture_images": 2, "method.name": "mae", "method.mask_ratio": 0.6,
     "method.target": "pixels", "method.encoder.width": 64, "method.encoder.depth": 2, "method.encoder.heads": 4,

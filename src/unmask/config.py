@@ -167,6 +167,11 @@ class TrainConfig(Settings):
     precision: "auto" is bf16 if the processor is fast at it, else fp32.
     compile: whether to compile the transformer blocks. Compiling takes half a minute or more at the start, and needs a
     C++ compiler on a CPU.
+    parallel: how several processes divide the work. "ddp": each holds the whole model; "fsdp": model, gradients and
+    moments are divided among all processes; "hsdp": they are divided among the processes of each node. "auto" is ddp
+    if that fits in memory. It has no effect in a single process.
+    recompute: whether to recompute the activations of each transformer block in the backward pass instead of keeping
+    them, which saves memory and costs about a third more computation.
     checkpoint_every, checkpoint_minutes: number of steps and minutes after which the next checkpoint is written.
     picture_images: images in each picture, at most 64.
     test_every: number of steps between tests of a supervised run (None: ten tests in all).
@@ -180,6 +185,8 @@ class TrainConfig(Settings):
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     device: str = "auto"
     compile: bool = False
+    parallel: Literal["auto", "ddp", "fsdp", "hsdp"] = "auto"
+    recompute: bool = False
     log_every: int = Field(default=10, gt=0)
     checkpoint_every: int = Field(default=500, gt=0)
     checkpoint_minutes: float = Field(default=10, gt=0)

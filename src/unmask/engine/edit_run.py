@@ -64,7 +64,10 @@ REFUSED = {
     "optim.name": "the stored moments belong to the current optimiser",
 }  # fmt: skip
 """Settings, or groups of settings, that cannot be changed after a run has begun, with the reason."""
-INEXACT = ("train.precision", "train.device", "train.micro_batch", "train.compile", "data.cache", "data.resize")
+INEXACT = (
+    "train.precision", "train.device", "train.micro_batch", "train.compile", "train.parallel", "train.recompute",
+    "data.cache", "data.resize",
+)  # fmt: skip
 """Settings that change results by rounding only."""
 
 

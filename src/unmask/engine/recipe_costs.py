@@ -142,6 +142,8 @@ def schedule(config: Config, gpus: int | None) -> dict[str, Any]:
     steps = train.steps if train.steps is not None else math.ceil(epochs * IMAGENET / batch)
     found = {
         "batch_size": batch,
+        "parallel": train.parallel,
+        "recompute": train.recompute,
         "peak_lr": peak_lr(config.optim, batch),
         "base_lr": config.optim.base_lr,
         "imagenet_steps": steps,

@@ -1,0 +1,83 @@
+"""Choose how training is divided among devices, by arithmetic on sizes alone.
+
+ddp: every rank holds the whole model, and gradients are averaged (DistributedDataParallel). fsdp: parameters, gradients
+and moments are divided among all ranks (`fully_shard`). hsdp: they are divided among the ranks of each node, and every
+node holds the whole model, so that only gradients cross the network between nodes.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+Engine = Literal["ddp", "fsdp", "hsdp"]
+
+FLOAT32 = 4  # bytes
+LEAST_IMAGES = 8  # images per forward pass and rank that must fit; with fewer, a GPU computes slowly
+GATHERED_BLOCKS = 2  # blocks whose parameters are whole at the same time under fsdp: one in use, one being gathered
+
+
+def state_bytes(parameters: int, trainable: int, *, moments: int = 2, average: bool = False) -> int:
+    """Return the bytes of a model in float32: parameters, gradients, moments and the moving average of the weights.
+
+    moments: numbers that the optimiser stores per trainable parameter (AdamW: 2, LARS: 1).
+    """
+    return FLOAT32 * (parameters + trainable * (1 + moments + average))
+
+
+def choose_parallel(
+    *,
+    parameters: int,
+    trainable: int,
+    bytes_per_image: int,
+    memory: int,
+    ranks: int,
+    ranks_per_node: int,
+    images: int = LEAST_IMAGES,
+    moments: int = 2,
+    average: bool = False,
+    largest_block: int = 0,
+) -> tuple[Engine, str]:
+    """Return (engine, reason) for `train.parallel=auto`: the engine with the least traffic that fits.
+
+    parameters, trainable: number of all and of trainable parameters. bytes_per_image: memory that an image needs in a
+    forward and backward pass. memory: bytes of one device that training may use. ranks, ranks_per_node: number of
+    processes, one per device, in all and on each node. images: images per forward pass and rank that must fit at least;
+    more than LEAST_IMAGES count as LEAST_IMAGES. moments, average: see `state_bytes`. largest_block: parameters of the
+    largest block, which are whole in memory while it is computed.
+    """
+    if ranks == 1:
+        return "ddp", "ddp: one process, so nothing is divided"
+    images = max(1, min(images, LEAST_IMAGES))
+    state, activations = state_bytes(parameters, trainable, moments=moments, average=average), images * bytes_per_image
+    gathered = FLOAT32 * GATHERED_BLOCKS * largest_block
+    whole = state + activations
+    needs = (
+        f"model, gradients and moments ({_size(state)}) and activations of {images} "
+        f"{'image' if images == 1 else 'images'} ({_size(activations)})"
+    )
+    have = f"{_size(memory)} usable per device"
+    if whole <= memory:
+        return "ddp", f"ddp: {needs} fit each device; {have}"
+    nodes = ranks // ranks_per_node
+    within = -(-state // ranks_per_node) + gathered + activations
+    if nodes > 1 and ranks_per_node > 1 and within <= memory:
+        return "hsdp", (
+            f"hsdp: {needs} do not fit one device, but divided among the {ranks_per_node} of a node they need "
+            f"{_size(within)} each; {have}"
+        )
+    among = -(-state // ranks) + gathered + activations
+    if among <= memory:
+        place = f"the {ranks} of the node" if nodes <= 1 else f"all {ranks}"
+        return (
+            "fsdp",
+            f"fsdp: {needs} do not fit one device, but divided among {place} they need {_size(among)} each; {have}",
+        )
+    return "fsdp", (
+        f"fsdp: {needs} need {_size(among)} on each device even if divided among all {ranks}; {have}, so expect to run "
+        "out of memory; use train.recompute=true, more devices or smaller images"
+    )
+
+
+def _size(number: float) -> str:
+    """Return bytes as text, such as "9.8 GiB" or "12.5 MiB"."""
+    return f"{number / 2**30:.1f} GiB" if number >= 2**30 else f"{number / 2**20:.1f} MiB"
