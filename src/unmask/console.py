@@ -49,10 +49,10 @@ def escape_controls(text: str) -> str:
 
 
 class Console:
-    """Prints messages and progress to stderr. quiet: print warnings only."""
+    """Prints messages and progress to stderr. quiet: print warnings only. silent: print nothing."""
 
-    def __init__(self, *, quiet: bool = False) -> None:
-        self.quiet = quiet
+    def __init__(self, *, quiet: bool = False, silent: bool = False) -> None:
+        self.quiet, self.silent = quiet or silent, silent
         self._words = Words()
         self.live = self._words.isatty() and os.environ.get("TERM") != "dumb" and not os.environ.get("CI")
         self._warned: set[str] = set()
@@ -74,6 +74,8 @@ class Console:
             self.warn(text)
 
     def _print(self, text: str) -> None:
+        if self.silent:
+            return
         text = escape_controls(text)  # file names and labels can contain control characters
         if self.live:
             self._rich.print(escape(text))

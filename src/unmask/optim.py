@@ -15,6 +15,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from unmask.method import Method
+from unmask.nn.whole import whole
 from unmask.settings import Settings
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
@@ -171,7 +172,7 @@ def update(optimizer: torch.optim.Optimizer, lr: float, loss: Tensor, clip: floa
     the host does not wait for the result.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    norm = whole(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
     if clip is not None:
         torch.nn.utils.clip_grads_with_norm_(parameters, clip, norm)
     for group in optimizer.param_groups:

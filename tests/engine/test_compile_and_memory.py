@@ -100,13 +100,14 @@ def test_training_warns_why_it_continues_without_compiling(monkeypatch, capsys):
 
     monkeypatch.setattr(train, "why_not_compiled", lambda device: "no compiler")
     nano = job("mae_nano")
-    train.compile_or_explain(nano)
+    train.compile_or_explain(nano.method, nano.config, nano.plan, nano.console)
     assert "torch.compile does not work here (no compiler)" in capsys.readouterr().err
     assert all(block._compiled_call_impl is None for block in nano.method.encoder.blocks)
     monkeypatch.setattr(train, "why_not_compiled", lambda device: None)
-    train.compile_or_explain(job("dvae_nano"))
+    dvae = job("dvae_nano")
+    train.compile_or_explain(dvae.method, dvae.config, dvae.plan, dvae.console)
     assert "dvae has no transformer blocks" in capsys.readouterr().err
-    train.compile_or_explain(nano)
+    train.compile_or_explain(nano.method, nano.config, nano.plan, nano.console)
     assert "compiling the transformer blocks" in capsys.readouterr().err
     assert all(block._compiled_call_impl is not None for block in nano.method.encoder.blocks)
 

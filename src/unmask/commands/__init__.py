@@ -27,6 +27,7 @@ from unmask.console import escape_controls
 from unmask.errors import TrainingFailed, UserError, nearest
 from unmask.option import options_of
 from unmask.run import RunInUse, held_here
+from unmask.system import processes
 from unmask.system.launched_process import LaunchedProcess
 from unmask.system.output_sinks import install
 from unmask.system.shell_command import as_shell_command
@@ -195,9 +196,11 @@ def explain(error: Exception) -> int:
     else:
         import traceback
 
-        print(escape_controls("".join(traceback.format_exception(error))), file=sys.stderr)
+        if processes.speaks():
+            print(escape_controls("".join(traceback.format_exception(error))), file=sys.stderr)
         message, code = f"this is a fault in unmask: {type(error).__name__}: {error}", FAILED
-    print(escape_controls(f"error: {message}"), file=sys.stderr)
+    if processes.speak_once():
+        print(escape_controls(f"error: {message}"), file=sys.stderr)
     return code
 
 

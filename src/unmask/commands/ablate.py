@@ -65,7 +65,7 @@ def _exit_code(summary: dict[str, Any]) -> int:
     return {"finished": DONE, "stopped": STOPPED}.get(summary["state"], FAILED)
 
 
-@command(AblateRequest, panel=Panel.MEASURE, trains=True, exit_code=_exit_code)
+@command(AblateRequest, panel=Panel.MEASURE, exit_code=_exit_code)
 def ablate(request: AblateRequest, console: Console) -> dict[str, Any]:
     """Return the contents of table.json, in which "state" is finished, stopped or failed."""
     from unmask.comparison.run_table import ablate

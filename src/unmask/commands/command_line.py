@@ -10,7 +10,7 @@ from typer.main import get_command
 from unmask.commands.declare import DONE, Command
 from unmask.console import Console, escape_controls
 from unmask.option import DeclaredOption, options_of
-from unmask.system.processes import reject_several_processes
+from unmask.system.processes import reject_launchers, speaks
 
 AS_JSON = typer.Option("--json", help="Print one JSON object on stdout.")
 
@@ -19,11 +19,12 @@ def build(name: str, verb: Command) -> Any:
     """Return the click command of a verb, which parses the options, runs the verb and exits with its exit code."""
 
     def run(as_json: bool, **values: Any) -> None:
-        if verb.trains:
-            reject_several_processes()
+        reject_launchers(name, together=verb.together)
         request = verb.request(**_given(verb, values))
-        result = verb.call(request, Console())
-        if as_json:
+        result = verb.call(request, Console(silent=not speaks()))
+        if not speaks():  # another process of this command prints the result
+            pass
+        elif as_json:
             print(json.dumps(result if verb.to_json is None else verb.to_json(result), ensure_ascii=True))
         elif verb.text is not None:
             print(escape_controls(verb.text(result)))

@@ -27,7 +27,7 @@ class CompareRequest(ProbeWanted, Request):
     ] = "comparison.html"
 
 
-@command(CompareRequest, panel=Panel.MEASURE, to_json=lambda result: result.to_json(), trains=True)
+@command(CompareRequest, panel=Panel.MEASURE, to_json=lambda result: result.to_json())
 def compare(request: CompareRequest, console: Console) -> "Comparison":
     """Return the contents of FILE.json, which the page shows."""
     from unmask.comparison.compare_runs import compare

@@ -62,7 +62,7 @@ class Command:
     """Declaration of a verb.
 
     request: class of the options. call: function of a request and a Console; the functions below get its result. panel:
-    title in `unmask --help`. trains: whether the verb rejects launchers of several processes, such as torchrun.
+    title in `unmask --help`. together: whether the processes of a launcher such as torchrun execute the verb together.
     passes_on: whether everything after the first positional argument belongs to it, options too.
     renamed: {option of an earlier version: new option}. to_json: returns the object that --json prints (None: the
     result itself). text: returns the output without --json (None: no output). exit_code: returns the exit code (None:
@@ -72,7 +72,7 @@ class Command:
     request: type[Request]
     call: Callable[[Any, Console], Any]
     panel: Panel
-    trains: bool = False
+    together: bool = False
     passes_on: bool = False
     renamed: Mapping[str, str] = field(default_factory=dict)
     to_json: Callable[[Any], Any] | None = None

@@ -65,7 +65,6 @@ def demo_json(result: DemoResult) -> dict[str, Any]:
 @command(
     DemoRequest,
     panel=Panel.START,
-    trains=True,
     to_json=demo_json,
     exit_code=lambda result: STOPPED if result.state == "stopped" else DONE,
 )

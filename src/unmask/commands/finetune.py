@@ -130,7 +130,7 @@ def mask_options(request: FinetuneRequest) -> "MaskOptions | None":
     return MaskOptions(tuple(request.mask_values or ()), names)
 
 
-@command(FinetuneRequest, panel=Panel.TRAIN, trains=True, to_json=run_json, exit_code=run_exit_code)
+@command(FinetuneRequest, panel=Panel.TRAIN, together=True, to_json=run_json, exit_code=run_exit_code)
 def finetune(request: FinetuneRequest, console: Console) -> "Run":
     """Return the new run, whose `run.status()` shows whether it finished or was stopped."""
     from unmask.finetuning.finetune_run import FinetuneOptions

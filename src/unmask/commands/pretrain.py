@@ -25,7 +25,7 @@ class PretrainRequest(PretrainOptions, Request):
     resume: Annotated[Resume, After("out")] = "never"
 
 
-@command(PretrainRequest, panel=Panel.TRAIN, trains=True, to_json=run_json, exit_code=run_exit_code)
+@command(PretrainRequest, panel=Panel.TRAIN, together=True, to_json=run_json, exit_code=run_exit_code)
 def pretrain(request: PretrainRequest, console: Console) -> "Run":
     """Return the run, whose `run.status()` shows whether it finished or was stopped."""
     from unmask.engine.pretraining import pretrain as train

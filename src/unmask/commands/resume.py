@@ -37,7 +37,7 @@ class ResumeRequest(Request):
     ] = None
 
 
-@command(ResumeRequest, panel=Panel.TRAIN, trains=True, to_json=run_json, exit_code=run_exit_code)
+@command(ResumeRequest, panel=Panel.TRAIN, together=True, to_json=run_json, exit_code=run_exit_code)
 def resume(request: ResumeRequest, console: Console) -> "Run":
     """Return the run, whose `run.status()` shows whether it finished or was stopped."""
     from unmask.config import task_names

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from unmask.commands.declare import DONE, STOPPED
 from unmask.console import Console
 from unmask.errors import UserError
+from unmask.system.processes import speaks
 
 if TYPE_CHECKING:
     from unmask.run import Run
@@ -15,6 +16,8 @@ def conclude(run: "Run", console: Console) -> "Run":
     """Write the report of a run after training, and print how to continue it if it was stopped."""
     from unmask.report.run_page import write_report
 
+    if not speaks():  # another process of this command writes the report
+        return run
     try:
         console.print(f"report: {write_report(run.path, log=console.warn)}")
     except (OSError, UserError) as error:  # the training has succeeded even if the report cannot be written

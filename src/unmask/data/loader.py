@@ -102,9 +102,12 @@ def _deliveries(
     return (delivery.pin_memory() for delivery in made) if pin else made
 
 
-def choose_workers(device: str, *, cached: bool) -> tuple[int, str]:
-    """Return the number of loader workers, and the reason as a sentence."""
-    cores = num_cores()
+def choose_workers(device: str, *, cached: bool, processes: int = 1) -> tuple[int, str]:
+    """Return the number of loader workers, and the reason as a sentence.
+
+    processes: number of training processes that share the cores of this machine.
+    """
+    cores = max(1, num_cores() // processes)
     if device == "cpu":
         if cached or cores < 2:
             return 0, "0 loader workers: the images are in memory and the CPU is busy training" if cached else (

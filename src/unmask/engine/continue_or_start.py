@@ -22,6 +22,7 @@ from unmask.data.sources import embedded
 from unmask.engine import edit_run
 from unmask.engine.load import read_config, read_plan
 from unmask.engine.time_budget import Budget
+from unmask.engine.world import current
 from unmask.run import EDITS, PLAN, PROVENANCE, Run, RunError
 
 REQUEST, CHOSEN_FROM = "request", "chosen_from"
@@ -111,12 +112,20 @@ class Differing(NamedTuple):
 
 def run_to_continue(
     out: str | Path | None, request: Request, resolve: Callable[[Config, ChosenFrom], Config], console: Console
-) -> Run | None:
-    """Return the run in `out` if this request began it or has the same settings, or None if a new run can begin there.
+) -> Path | None:
+    """Return the path of the run in `out` if this request began it or has the same settings, else None.
+
+    None means that a new run can begin there.
 
     resolve: function of the run's configuration and facts that returns the configuration of the command. Settings in
     FREE that the command sets to other values are changed in the run. Raises RequestDiffers, RunError, UserError.
     """
+    return current().from_writer(lambda: _run_to_continue(out, request, resolve, console))
+
+
+def _run_to_continue(
+    out: str | Path | None, request: Request, resolve: Callable[[Config, ChosenFrom], Config], console: Console
+) -> Path | None:
     if out is None:
         raise ConfigError("got --resume auto without --out; give the run folder to begin or continue: --out RUN")
     if not (Path(out) / PLAN).exists():
@@ -131,7 +140,7 @@ def run_to_continue(
         )
     before, config, plan = Request(**made[REQUEST]), read_config(run), read_plan(run)
     if request == before:
-        return run
+        return run.path
     if request.verb != before.verb:
         raise RequestDiffers(
             f"got unmask {request.verb} --out {out}, but the run in {out} was begun by unmask {before.verb}; choose "
@@ -146,7 +155,7 @@ def run_to_continue(
     if differing := _settings_that_differ(new, config, edits):
         raise RequestDiffers(_refusal(differing, run))
     _apply_free(request, new, config, run, console)
-    return run
+    return run.path
 
 
 def _options_that_differ(request: Request, before: Request, config: Config, budget: float | None) -> list[Differing]:

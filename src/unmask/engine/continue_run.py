@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from unmask.config import Config
 from unmask.console import Console
 from unmask.data.sources.open_source import open_source
 from unmask.data.sources.tiff_samples import apply_reading
@@ -22,16 +23,19 @@ from unmask.engine.changed_data import (
 from unmask.engine.device import choose_device
 from unmask.engine.job import TrainingInputs
 from unmask.engine.load import read_config, read_plan
+from unmask.engine.make_plan import Processes, for_processes
 from unmask.engine.run_training import train_and_record
+from unmask.engine.shared_run import locked
 from unmask.engine.supervision import Supervise
 from unmask.engine.training_data import DataError, training_images
 from unmask.engine.training_plan import Plan
+from unmask.engine.world import World, current, together
 from unmask.errors import SourceError
 from unmask.nn.default_dtype import float32_default
-from unmask.run import Run
-from unmask.system.processes import reject_several_processes
+from unmask.run import PLAN, Run
 
 
+@together
 @float32_default()
 def resume(
     run_folder: str | Path,
@@ -50,14 +54,15 @@ def resume(
     (None: pre-training). concluded: returns whether the result of a supervised run has been written.
     """
     console = console or Console()
-    reject_several_processes()
-    run = Run.open(run_folder)
-    with run.lock():
-        edit_run.complete(run)
-        config, plan = read_config(run), read_plan(run)
-        if is_done(run, plan, concluded, console):
+    world = current()
+    with locked(world, run_folder) as run:
+        world.on_writer(lambda: edit_run.complete(run))
+        config, plan = world.from_writer(lambda: (read_config(run), read_plan(run)))
+        if world.from_writer(lambda: is_done(run, plan, concluded, console)):
             return run
         run.add_digests()
+        if world.size != plan.processes:
+            plan = world.from_writer(lambda: divided_anew(run, plan, config, world, console))
         choose_device(plan.device)
         before = config
         if places is not None:
@@ -68,6 +73,7 @@ def resume(
             if places is not None:
                 raise
             raise SourceError(f"{error}; if the images have moved: unmask resume {run.path} --data NEW") from None
+        world.require_same("the images", source.fingerprint(), "give all hosts the same files")
         config = config.model_copy(update={"data": config.data.model_copy(update={"source": source.data})})
         if found := dataset_record.compare(run, plan, source, console):
             if not allow_dataset_change:
@@ -89,6 +95,15 @@ def resume(
             supervise = recording_move(supervise, before, console)
         train_and_record(TrainingInputs(run=run, config=config, plan=plan, images=images, console=console), supervise)
     return run
+
+
+def divided_anew(run: Run, plan: Plan, config: Config, world: World, console: Console) -> Plan:
+    """Return the plan for another number of processes than before, after writing it to plan.json."""
+    new = for_processes(plan, config, Processes(world.size, world.local_size))
+    run.write(PLAN, new.model_dump(mode="json"))
+    shares = f"micro-batches of {new.micro_batch}" + (f", {new.parallel}" if new.processes > 1 else "")
+    console.print(f"continuing with {new.processes} instead of {plan.processes} processes: {shares}")
+    return new
 
 
 def is_done(run: Run, plan: Plan, concluded: Callable[[Run], bool], console: Console) -> bool:

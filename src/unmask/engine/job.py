@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from unmask.config import Config
 from unmask.console import Console
 from unmask.data.image_reader import ImageReader
+from unmask.data.order import places
+from unmask.engine.build import build_method
+from unmask.engine.sharding import Distributed, whole_method
 from unmask.engine.supervision import Evaluator
 from unmask.engine.training_plan import Plan
+from unmask.engine.world import World
 from unmask.errors import UserError
 from unmask.method import Method
 from unmask.nn.ema import MovingAverage
@@ -51,9 +56,31 @@ class Job:
     plan: Plan
     images: ImageReader
     console: Console
-    method: Method
+    distributed: Distributed
     optimizer: torch.optim.Optimizer
     average: MovingAverage | None = None
+
+    @property
+    def method(self) -> Method:
+        return self.distributed.method
+
+    @property
+    def world(self) -> World:
+        return self.distributed.world
+
+    def places(self, micro: int) -> np.ndarray | None:
+        """Return the places in the step's batch of the images that this process gets in a micro-batch.
+
+        The result is None if it gets the whole micro-batch.
+        """
+        world, size = self.world, self.plan.micro_batch
+        if world.alone:
+            return None
+        return micro * size + places(size, world.rank, world.size, self.images.repeats)
+
+    def whole_method(self) -> AbstractContextManager[Method]:
+        """Context manager that yields the method with all its weights, which only the writer may call."""
+        return whole_method(self.distributed, lambda: build_method(self.config, self.plan.images), self.plan.device)
 
 
 @dataclass

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from unmask.batch import ImageSpec
 from unmask.config import Config, ConfigError
 from unmask.console import duration
 from unmask.data.decode.reading import EARLIER, Reading
 from unmask.engine.build import build_method
+from unmask.engine.choose_parallel import Engine, choose_parallel
 from unmask.engine.device import choose_precision, free_memory
 from unmask.engine.measure import NO_TIME, Timing, bytes_per_image, time_steps
 from unmask.engine.time_budget import AIM, FEWEST_STEPS, USEFUL_STEPS, Budget
@@ -57,13 +59,45 @@ class LoadingPlan:
     batch_seconds: Callable[[], Timing] | None = None
 
 
+class Processes(NamedTuple):
+    """The number of training processes in all, and of those that share the memory of this host."""
+
+    count: int = 1
+    on_this_host: int = 1
+
+
+ONE_PROCESS = Processes()
+
+
 @dataclass(frozen=True)
 class ModelFacts:
     """The properties of the method that the plan depends on. bytes_per_image: memory per image in a training step."""
 
     parameters: int
+    trainable_parameters: int
     encoder_parameters: int
     bytes_per_image: int
+
+
+def unit_of_batch(config: Config, processes: int) -> int:
+    """Return the number of which batch and micro-batch must be multiples, so that every process gets the same share.
+
+    Mixup and cutmix mix pairs of images, and both images of a pair must be in the same process.
+    """
+    mixes = any(getattr(config.method, name, 0) for name in ("mixup", "cutmix"))
+    return processes * config.data.repeats * (2 if mixes and processes > 1 else 1)
+
+
+def require_divisible(config: Config, processes: int) -> None:
+    """Raise ConfigError unless the batch can be divided evenly among `processes`."""
+    batch, unit = config.train.batch_size, unit_of_batch(config, processes)
+    if processes > 1 and batch % unit:
+        below, above = batch // unit * unit, -(-batch // unit) * unit
+        near = f"{below} or {above}" if below else f"{above}"
+        raise ConfigError(
+            f"got train.batch_size={batch} for {processes} processes; expected a multiple of {unit}; use "
+            f"--set train.batch_size={near}, or another number of processes"
+        )
 
 
 def require_micro_batch(config: Config) -> None:
@@ -82,23 +116,54 @@ def require_micro_batch(config: Config) -> None:
         )
 
 
-def choose_micro_batch(config: Config, bytes_per_image: int, device: str) -> tuple[int, str]:
+def choose_micro_batch(
+    config: Config, bytes_per_image: int, device: str, processes: Processes = ONE_PROCESS
+) -> tuple[int, str]:
     """Return (micro-batch, reason): the largest divisor of the batch that fits in memory, unless train.micro_batch is
     set.
 
-    Raises ConfigError.
+    The micro-batch is that of all processes together, and each gets the same share of it. Raises ConfigError.
     """
-    batch, repeats = config.train.batch_size, config.data.repeats
+    batch, unit = config.train.batch_size, unit_of_batch(config, processes.count)
     require_micro_batch(config)
+    require_divisible(config, processes.count)
     if (wanted := config.train.micro_batch) is not None:
+        if processes.count > 1 and wanted % unit:
+            raise ConfigError(
+                f"got train.micro_batch={wanted} for {processes.count} processes; expected a multiple of {unit} that "
+                "divides train.batch_size; leave it out to choose one automatically"
+            )
         return wanted, f"micro-batch {wanted}: the setting train.micro_batch"
-    usable = int(free_memory(device) * MEMORY_SHARE)
-    most = max(1, usable // max(1, bytes_per_image))
-    micro = max((d for d in range(repeats, batch + 1, repeats) if batch % d == 0 and d <= most), default=repeats)
+    usable = usable_memory(device, processes)
+    most = max(1, usable // max(1, bytes_per_image)) * processes.count
+    micro = max((d for d in range(unit, batch + 1, unit) if batch % d == 0 and d <= most), default=unit)
     need = f"{bytes_per_image / 2**20:.1f} MiB of activations per image"
     if micro == batch:
         return micro, f"the whole batch of {batch} in one pass: {need}, {usable / 2**30:.1f} GiB usable"
     return micro, f"micro-batches of {micro}, {batch // micro} per step: {need}, {usable / 2**30:.1f} GiB usable"
+
+
+def usable_memory(device: str, processes: Processes) -> int:
+    """Return how many bytes of its device a process may use for activations."""
+    sharing = processes.on_this_host if device == "cpu" else 1
+    return int(free_memory(device) * MEMORY_SHARE) // sharing
+
+
+def choose_engine(config: Config, model: ModelFacts, device: str, processes: Processes) -> tuple[Engine, str]:
+    """Return how several processes divide the training, and the reason as a sentence."""
+    if (wanted := config.train.parallel) != "auto":
+        return wanted, f"{wanted}: the setting train.parallel"
+    return choose_parallel(
+        parameters=model.parameters,
+        trainable=model.trainable_parameters,
+        bytes_per_image=model.bytes_per_image,
+        memory=usable_memory(device, processes),
+        ranks=processes.count,
+        ranks_per_node=processes.on_this_host,
+        images=config.train.batch_size // processes.count,
+        moments=2 if config.optim.name == "adamw" else 1,
+        average=config.optim.average is not None,
+    )
 
 
 def choose_steps(
@@ -181,6 +246,7 @@ def make_plan(
     *,
     budget: Budget | None = None,
     reasons: tuple[str, ...] = (),
+    processes: Processes = ONE_PROCESS,
 ) -> Plan:
     """Derive the plan of a run.
 
@@ -189,12 +255,14 @@ def make_plan(
     """
     precision, why_precision = choose_precision(config.train.precision, device)
     model = model_facts(config, dataset.spec, precision, device)
-    micro, why_micro = choose_micro_batch(config, model.bytes_per_image, device)
+    micro, why_micro = choose_micro_batch(config, model.bytes_per_image, device, processes)
+    engine, why_engine = choose_engine(config, model, device, processes)
+    share = micro // processes.count
 
     def step_seconds() -> Timing:
         patience = 5.0 if budget is None else min(5.0, MEASURING_SHARE * budget.seconds)
         compute = Timing.of(
-            time_steps(config, dataset.spec, micro=micro, precision=precision, device=device, seconds=patience)
+            time_steps(config, dataset.spec, micro=share, precision=precision, device=device, seconds=patience)
         )
         return compute.with_loading(loading.batch_seconds() if loading.batch_seconds else NO_TIME, loading.workers)
 
@@ -212,6 +280,8 @@ def make_plan(
         final_lr=config.optim.final_lr * peak,
         epochs=steps * batch_size / dataset.num_images,
         num_images=dataset.num_images,
+        processes=processes.count,
+        parallel=engine,
         images=dataset.spec,
         fingerprint=dataset.fingerprint,
         excluded=dataset.excluded,
@@ -233,6 +303,7 @@ def make_plan(
             *few_epochs(steps * batch_size, dataset.num_images, batch_size),
             *(() if any(why.startswith(f"{steps} steps:") for why in reasons) else (why_steps,)),
             why_micro,
+            *((why_engine,) if processes.count > 1 else ()),
             why_precision,
             f"peak learning rate {peak:.3g}: base {config.optim.base_lr:.3g} x batch {batch_size} / 256",
         ),
@@ -244,6 +315,7 @@ def model_facts(config: Config, spec: ImageSpec, precision: str, device: str) ->
     method = build_method(config, spec).to(device)
     return ModelFacts(
         parameters=sum(p.numel() for p in method.parameters()),
+        trainable_parameters=sum(p.numel() for p in method.parameters() if p.requires_grad),
         encoder_parameters=sum(p.numel() for p in method.encoder.parameters()),
         bytes_per_image=bytes_per_image(method, spec, precision, device),
     )
@@ -254,3 +326,22 @@ def few_epochs(samples: int, num_images: int, batch_size: int) -> tuple[str, ...
     if samples >= 20 * num_images or num_images < batch_size:
         return ()
     return (f"only {samples / num_images:.3g} epochs: expect the loss to be far above its minimum",)
+
+
+def for_processes(plan: Plan, config: Config, processes: Processes) -> Plan:
+    """Return the plan of a run that continues with this number of processes.
+
+    The micro-batch stays the same if it can be divided among them and each share fits in memory, so that results change
+    by rounding at most. Raises ConfigError.
+    """
+    require_divisible(config, processes.count)
+    unit = unit_of_batch(config, processes.count)
+    model = model_facts(config, plan.images, plan.precision, plan.device)
+    engine, _ = choose_engine(config, model, plan.device, processes)
+    most = max(1, usable_memory(plan.device, processes) // max(1, model.bytes_per_image)) * processes.count
+    micro = plan.micro_batch
+    if micro % unit or (micro > most and config.train.micro_batch is None):
+        free = config.model_copy(update={"train": config.train.model_copy(update={"micro_batch": None})})
+        micro, _ = choose_micro_batch(free, model.bytes_per_image, plan.device, processes)
+    change = {"micro_batch": micro, "accumulation": plan.batch_size // micro, "parallel": engine}
+    return plan.model_copy(update={**change, "processes": processes.count})

@@ -15,6 +15,7 @@ from unmask.engine.device import autocast
 from unmask.engine.job import Job, Position, report_failure
 from unmask.engine.supervision import Evaluator
 from unmask.engine.time_budget import Pacer
+from unmask.engine.training_plan import Plan
 from unmask.errors import UserError
 from unmask.nn.modes import eval_mode
 from unmask.run import Run, RunGone
@@ -44,13 +45,17 @@ def open_pacer(job: Job, stopwatch: Stopwatch, evaluator: Evaluator | None) -> P
         return Pacer(math.inf, 0.0)
     known = [replan.step for replan in plan.replans]
     with report_failure(job, job.run.metrics_file):
-        known += [row.get("step", 0) for row in job.run.metrics()]
+        known += job.world.from_writer(lambda: [row.get("step", 0) for row in job.run.metrics()])
     pacer = Pacer(plan.budget, plan.startup + stopwatch.seconds(), fixed=max(known, default=0))
     if evaluator is not None:
-        with torch.no_grad(), eval_mode(job.method), uncompiled(), autocast(plan.precision, plan.device):
-            pacer.expect(
-                "evaluation", evaluator.estimate_seconds(job.method) * (1 if job.config.optim.average is None else 2)
-            )
+        times, estimate = (1 if job.config.optim.average is None else 2), evaluator.estimate_seconds
+        with job.whole_method() as method:
+
+            def seconds() -> float:
+                with torch.no_grad(), eval_mode(method), uncompiled(), autocast(plan.precision, plan.device):
+                    return estimate(method)
+
+            pacer.expect("evaluation", job.world.from_writer(seconds) * times)
     return pacer
 
 
@@ -85,7 +90,9 @@ def affordable(job: Job, pacer: Pacer, kind: str, at: Position) -> bool:
 
     The result is always True at the last step.
     """
-    if job.plan.budget is None or at.step == job.plan.steps or pacer.affords(kind, closing_seconds(pacer)):
+    if job.plan.budget is None or at.step == job.plan.steps:
+        return True
+    if job.world.from_writer(lambda: pacer.affords(kind, closing_seconds(pacer))):
         return True
     job.console.warn_once(
         f"no {kind}s before the last step: each takes about {pacer.cost(kind):.2g} s, and most of the budget of "
@@ -96,9 +103,14 @@ def affordable(job: Job, pacer: Pacer, kind: str, at: Position) -> bool:
 
 def adjust_steps(job: Job, pacer: Pacer, at: Position) -> Job:
     """Return the job with the number of steps that fits the budget, after writing it to plan.json."""
-    plan, train = job.plan, job.config.train
-    if plan.budget is None or at.step >= plan.steps:
+    if job.plan.budget is None or at.step >= job.plan.steps:
         return job
+    return replace(job, plan=job.world.from_writer(lambda: adjusted_plan(job, pacer, at)))
+
+
+def adjusted_plan(job: Job, pacer: Pacer, at: Position) -> Plan:
+    """Return the plan with the number of steps that fits the budget, after writing it to plan.json."""
+    plan, train = job.plan, job.config.train
     closing = closing_seconds(pacer)
     rest = closing + (plan.steps - at.step) // train.checkpoint_every * pacer.cost("save")
     for kind, every in (("picture", plan.picture_every), ("evaluation", plan.test_every)):
@@ -106,16 +118,16 @@ def adjust_steps(job: Job, pacer: Pacer, at: Position) -> Job:
             rest += max(0, plan.times(plan.steps, every) - plan.times(at.step, every) - 1) * pacer.cost(kind)
     steps = pacer.steps(at.step, plan.steps, rest)
     if steps == plan.steps:
-        return job
-    plan = plan.replanned(at.step, steps)
+        return plan
+    changed = plan.replanned(at.step, steps)
     try:
-        job.run.write("plan.json", plan.model_dump(mode="json"))
+        job.run.write("plan.json", changed.model_dump(mode="json"))
     except (OSError, UserError, RunGone) as error:
         job.console.warn_once(
-            f"cannot write {job.run.path / 'plan.json'}: {error}; the number of steps stays {job.plan.steps}"
+            f"cannot write {job.run.path / 'plan.json'}: {error}; the number of steps stays {plan.steps}"
         )
-        return job
-    return replace(job, plan=plan)
+        return plan
+    return changed
 
 
 def due(step: int, every: int, last: int) -> bool:

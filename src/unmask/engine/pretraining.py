@@ -37,11 +37,12 @@ from unmask.engine.training_data import (
     scan_source,
     skipped_files,
 )
+from unmask.engine.world import together
 from unmask.nn.default_dtype import float32_default
 from unmask.run import Run
-from unmask.system.processes import reject_several_processes
 
 
+@together
 @float32_default()
 def pretrain(
     data: str | Path | Sequence[str | Path],
@@ -60,11 +61,10 @@ def pretrain(
     progress; `Console(quiet=True)` prints only warnings. Raises UserError. Invalid settings are reported before any
     image is opened.
     """
-    reject_several_processes()
     options, console, budget = options or PretrainOptions(), console or Console(), as_budget(budget)
     asked = Request.of("pretrain", data, budget, options)
     if resume_auto and (begun := run_to_continue(out, asked, partial(choose_again, options, budget), console)):
-        return continue_run.resume(begun.path, console=console)
+        return continue_run.resume(begun, console=console)
     recipe, from_run = options.recipe, options.from_run
     base = base_of(options)
     settings = settings_of(options, base)

@@ -6,12 +6,12 @@ import os
 import platform
 import subprocess
 import time
-from importlib import metadata
 from typing import Any
 
 import torch
 
 from unmask.engine.training_plan import Plan
+from unmask.engine.versions import provenance_versions
 from unmask.system.shell_command import shell_command
 
 
@@ -28,17 +28,6 @@ def provenance(plan: Plan) -> dict[str, Any]:
         "versions": provenance_versions(),
         "git": git_state(),
     }
-
-
-def provenance_versions() -> dict[str, str]:
-    """Return the versions of this package and of the packages that affect results."""
-    found = {}
-    for name in ("unmask", "torch", "numpy", "pillow", "simplejpeg", "safetensors"):
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
 
 
 def git_state() -> dict[str, Any] | None:

@@ -11,6 +11,7 @@ from unmask.engine.samples import read_baselines
 from unmask.engine.supervision import Supervise
 from unmask.engine.time_budget import now
 from unmask.engine.train import train
+from unmask.engine.world import current, on_failure
 from unmask.errors import UserError
 from unmask.recipes import catalogue
 from unmask.run import STATUS, Run
@@ -24,6 +25,7 @@ def train_and_record(inputs: TrainingInputs, supervise: Supervise | None = None)
     "failed". Errors of the loop are raised again.
     """
     run, plan, images, console, began = inputs.run, inputs.plan, inputs.images, inputs.console, now()
+    on_failure(lambda message: record_state(run, "failed", console, total=plan.steps, error=message))
     try:
         evaluator = write_result = None
         if supervise is not None:
@@ -31,7 +33,7 @@ def train_and_record(inputs: TrainingInputs, supervise: Supervise | None = None)
             images = images.with_annotations(annotations)
         state = train(replace(inputs, images=images, evaluator=evaluator, began=began))
         if state == "finished" and write_result is not None:
-            write_result(run)
+            current().on_writer(lambda: write_result(run))
     except KeyboardInterrupt:
         record_state(run, "stopped", console, total=plan.steps)
         raise

@@ -18,6 +18,7 @@ from unmask.engine.device import autocast
 from unmask.engine.job import Job, Position, log_row, report_failure
 from unmask.engine.training_plan import Plan
 from unmask.errors import TrainingFailed, UserError
+from unmask.method import Method
 from unmask.nn.modes import eval_mode
 from unmask.report.pictures import draw
 from unmask.results import BaselineLosses, from_json, to_json
@@ -41,6 +42,12 @@ class Samples:
     pictures: Batch
     held_out: Batch | None
     losses: dict[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def nothing(cls) -> Samples:
+        """Return samples without images, for processes that draw no pictures."""
+        empty = torch.zeros(0, dtype=torch.int64)
+        return cls(Batch(torch.zeros(0, 1, 1, 1), empty, empty), None)
 
     @classmethod
     def of(cls, images: ImageReader, plan: Plan) -> Samples:
@@ -68,18 +75,23 @@ def fixed_images(images: ImageReader, plan: Plan, rows: np.ndarray) -> Batch:
     return to_device(Batch.join(drawn), plan.device)
 
 
-@torch.no_grad()
 def draw_and_score(job: Job, samples: Samples, at: Position, stop: StopRequest) -> None:
     """Draw a picture of the method's predictions, and record the losses of the method and of baselines on these images.
 
     evals/baselines.json is a `BaselineLosses`, with one (step, loss) pair per call. Raises StopRequested before
     anything is written.
     """
+    with job.whole_method() as method:
+        job.world.from_writer(lambda: _draw_and_score(job, method, samples, at, stop))
+
+
+@torch.no_grad()
+def _draw_and_score(job: Job, method: Method, samples: Samples, at: Position, stop: StopRequest) -> None:
     plan, train, sample = job.plan, job.config.train, samples.pictures
     clock = plan.clock(at.step, Draws(train.seed, sample.epoch, sample.index))
-    with eval_mode(job.method), uncompiled(), autocast(plan.precision, plan.device), stop.interruptible():
-        picture = job.method.picture(sample, clock)._replace(valid=sample.valid)
-        held_out = None if samples.held_out is None else mean_loss(job, samples.held_out, at)
+    with eval_mode(method), uncompiled(), autocast(plan.precision, plan.device), stop.interruptible():
+        picture = method.picture(sample, clock)._replace(valid=sample.valid)
+        held_out = None if samples.held_out is None else mean_loss(job, method, samples.held_out, at)
     file, title = job.run.pictures / f"step-{at.step:08d}.png", f"step {at.step} of {plan.steps}"
     numbers = {name: float(value) for name, value in picture.numbers.items()}
     loss = numbers.pop("loss")
@@ -120,11 +132,11 @@ def _append(before: tuple[tuple[int, float], ...], step: int, loss: float) -> tu
     return (*(pair for pair in before if pair[0] < step), (step, loss))
 
 
-def mean_loss(job: Job, batch: Batch, at: Position) -> float:
+def mean_loss(job: Job, method: Method, batch: Batch, at: Position) -> float:
     """Return the mean loss of the method in evaluation mode, with the same patch masks at every step of training."""
     plan, total = job.plan, torch.zeros((), device=job.plan.device)
     for start in range(0, len(batch), plan.micro_batch):
         part = batch[start : start + plan.micro_batch]
         clock = plan.clock(at.step, Draws(job.config.train.seed, part.epoch, part.index))
-        total += job.method(part, clock).value.detach() * len(part)
+        total += method(part, clock).value.detach() * len(part)
     return float(total / len(batch))

@@ -16,7 +16,9 @@ from unmask.engine.plan_text import print_inputs, print_plan
 from unmask.engine.provenance import provenance
 from unmask.engine.resolve import patch_of, reject_absurd_batch
 from unmask.engine.run_training import train_and_record
+from unmask.engine.shared_run import begun
 from unmask.engine.training_data import TrainingRequest, plan_training
+from unmask.engine.world import current
 from unmask.run import CONFIG, PLAN, PROVENANCE, Run
 from unmask.system.atomic_files import free_path
 from unmask.system.plain_names import default_folder
@@ -25,7 +27,11 @@ from unmask.system.processes import require_main_guard
 
 def start_run(request: TrainingRequest, *, out: str | Path | None, console: Console) -> Run:
     """Make the plan, create the run, and train. Raises UserError, TrainingFailed."""
-    source, found, config, split = request.source, request.scan, request.config, request.supervised
+    world = current()
+    world.require_same("the images", request.source.fingerprint(), "give all hosts the same files")
+    out, config = world.from_writer(lambda: (out, request.config))
+    request = replace(request, config=config)
+    source, found, split = request.source, request.scan, request.supervised
     reject_absurd_batch(config, found.usable)
     size = consequence(found.median_size, config.data.size, patch_of(config))
     console.print(size)
@@ -49,8 +55,8 @@ def start_run(request: TrainingRequest, *, out: str | Path | None, console: Cons
         PROVENANCE: provenance(plan) | initial_weights.licence(config) | dict(request.record),
         PLAN: plan.model_dump(mode="json"),
     }
-    folder = out if out is not None else free_name(source, config)
-    with Run.begin(folder, files, fill=fill, log=console.print) as run:
+    folder = out if out is not None else world.from_writer(lambda: free_name(source, config))
+    with begun(world, folder, files, fill=fill, log=console.print) as run:
         print_plan(plan, config, console, printed=(size,))
         print_inputs(config, console)
         if (warning := few_steps(plan)) is not None:

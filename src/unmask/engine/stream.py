@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
 
 from unmask.batch import Batch
 from unmask.data.decode.bad_image import BadImage
-from unmask.data.image_reader import LoadedBatch
 from unmask.data.loader import training_batches
+from unmask.data.scan.scan import BadFile
 from unmask.engine.guard import Guard
 from unmask.engine.job import Job, Position, report_failure
 from unmask.errors import LoadingFailed, TrainingFailed
@@ -31,6 +31,8 @@ def open_stream(job: Job, at: Position, guard: Guard) -> Generator[Batch, None, 
         workers=plan.workers,
         pin=plan.device.startswith("cuda"),
         folder=job.run.path,
+        rank=job.world.rank,
+        ranks=job.world.size,
     )
     try:
         while True:
@@ -38,8 +40,10 @@ def open_stream(job: Job, at: Position, guard: Guard) -> Generator[Batch, None, 
                 delivery = next(deliveries, None)
             if delivery is None:
                 return
-            quarantine(job, delivery, at)
-            yield delivery.batch
+            absent, bad = job.world.any(delivery.batch.valid is not None, bool(delivery.bad))
+            if bad:
+                quarantine(job, [one for part in job.world.gather(delivery.bad) for one in part], at)
+            yield delivery.batch.with_valid() if absent else delivery.batch
     finally:
         deliveries.close()
 
@@ -58,13 +62,13 @@ def loading_failures(run: Run) -> Iterator[None]:
         ) from error
 
 
-def quarantine(job: Job, delivery: LoadedBatch, at: Position) -> None:
+def quarantine(job: Job, unreadable: Iterable[BadFile], at: Position) -> None:
     """Record each file that has become unreadable since the scan once, in quarantine.jsonl.
 
     Raises TrainingFailed if more than `data.max_bad_fraction` of the images have become unreadable.
     """
     images = job.images
-    for bad in delivery.bad:
+    for bad in unreadable:
         if bad.name in images.gone_bad:
             continue
         images.gone_bad.add(bad.name)

@@ -27,7 +27,8 @@ import torch
 from torch import Tensor
 
 from unmask.batch import Batch
-from unmask.console import Bar, duration
+from unmask.config import Config
+from unmask.console import Bar, Console, duration
 from unmask.data.device_crops import to_device
 from unmask.engine import checkpoint
 from unmask.engine.build import build_method
@@ -50,9 +51,11 @@ from unmask.engine.pacing import (
     picture_due,
 )
 from unmask.engine.samples import Samples, draw_and_score
+from unmask.engine.sharding import Distributed, distribute, recompute_blocks
 from unmask.engine.stream import loading_failures, open_stream
 from unmask.engine.supervision import Evaluator
 from unmask.engine.time_budget import Pacer
+from unmask.engine.training_plan import Plan
 from unmask.engine.training_state import (
     BAD_STEPS_IN_A_ROW,
     describe_saved,
@@ -62,7 +65,9 @@ from unmask.engine.training_state import (
     roll_back,
     save,
 )
+from unmask.engine.world import World, blame_other_process, current
 from unmask.errors import TrainingFailed
+from unmask.method import Method
 from unmask.nn.ema import MovingAverage
 from unmask.optim import make_optimizer, update
 from unmask.rng import Draws
@@ -96,6 +101,9 @@ def train(inputs: TrainingInputs) -> Outcome:
         except StopRequested:  # the update may be incomplete, so the last checkpoint counts
             record_stop(run, plan, checkpoint.newest_step(run) or 0, stopwatch)
             return "stopped"
+        except RuntimeError as error:
+            blame_other_process(error)
+            raise
     return loop.finish()
 
 
@@ -145,20 +153,20 @@ class Loop:
         """Build the method, restore or initialise its state, and draw the first picture. May raise StopRequested."""
         run, config, plan, images = inputs.run, inputs.config, inputs.plan, inputs.images
         fault_points().before_training(run)
+        world = current()
+        stop.postponed = not world.alone  # a stop request is agreed after each step, see `what_is_due`
         with stop.interruptible():
-            method = build_method(config, plan.images).to(plan.device)
+            distributed = build_distributed(config, plan, inputs.console, world)
             decay = config.optim.average
-            average = None if decay is None else MovingAverage(method, decay)
-            optimizer = make_optimizer(method, config.optim)
             job = Job(
                 run=run,
                 config=config,
                 plan=plan,
                 images=images,
                 console=inputs.console,
-                method=method,
-                optimizer=optimizer,
-                average=average,
+                distributed=distributed,
+                optimizer=make_optimizer(distributed.method, config.optim),
+                average=None if decay is None else MovingAverage(distributed.method, decay),
             )
             position = restore(job) or initialise(job)
             pacer = open_pacer(job, stopwatch, inputs.evaluator)
@@ -167,9 +175,7 @@ class Loop:
             with report_failure(job, run.quarantine_file):
                 earlier = [row for row in run.quarantine() if "step" in row and row.get("code") != "CHANGED"]
                 images.gone_bad.update(row["name"] for row in earlier)
-            if config.train.compile:
-                compile_or_explain(job)
-            samples = Samples.of(images, plan)
+            samples = world.on_writer(lambda: Samples.of(images, plan)) or Samples.nothing()
         if position.step == 0:
             with pacer.aside("picture"):
                 draw_and_score(job, samples, position, stop)
@@ -231,18 +237,21 @@ class Loop:
         self.position.step, self.position.consumed = taken.number, taken.consumed
         self.pace.waited += taken.waited
         self.heartbeat.beat(self.position.step)
-        self.stopping = self.stop.requested
 
     def what_is_due(self) -> Due:
-        """Return which actions are due after the newest step."""
+        """Return which actions are due after the newest step; all processes agree on stop requests and clocks."""
         number, train, last = self.position.step, self.job.config.train, self.job.plan.steps
+        self.stopping, slow, late = self.job.world.any(
+            self.stopping or self.stop.requested,
+            self.pacer.due(),
+            (time.monotonic() - self.last_save) / 60 >= train.checkpoint_minutes,
+        )
         is_new = bool(self.unread)  # False if the step was read before and the wait for the next one was interrupted
-        minutes = (time.monotonic() - self.last_save) / 60
         return Due(
-            log=is_new and (due(number, train.log_every, last) or self.pacer.due()),
+            log=is_new and (due(number, train.log_every, last) or slow),
             picture=is_new and picture_due(self.job, number),
             evaluation=is_new and self.evaluator is not None and evaluation_due(self.job, number),
-            save=due(number, train.checkpoint_every, last) or self.stopping or minutes >= train.checkpoint_minutes,
+            save=due(number, train.checkpoint_every, last) or self.stopping or late,
             read=len(self.unread) >= MOST_UNREAD_STEPS,
         )
 
@@ -353,14 +362,17 @@ def step(job: Job, stream: Iterator[Batch], at: Position) -> Step:
         waited += time.perf_counter() - start
         rows.append(batch.index)
         batch = to_device(batch, plan.device)
-        clock = plan.clock(at.step, Draws(seed, batch.epoch, batch.index), micro)
-        with autocast(plan.precision, plan.device):
-            loss = job.method(batch, clock)
-        value = loss.value / plan.accumulation
-        value.backward()
+        clock = plan.clock(at.step, Draws(seed, batch.epoch, batch.index), micro, job.places(micro))
+        with job.distributed.accumulating(last=micro + 1 == plan.accumulation):
+            with autocast(plan.precision, plan.device):
+                loss = job.distributed.loss(batch, clock)
+            value = loss.value / plan.accumulation
+            value.backward()
         total += value.detach()
         for name, number in loss.logs.items():
             logs[name] = logs.get(name, 0) + number.detach() / plan.accumulation
+    total, *numbers = job.world.means(total, *logs.values())
+    logs = dict(zip(logs, numbers, strict=True))
     lr = plan.lr(at.step)
     norm = update(job.optimizer, lr, total, job.config.optim.clip)
     counted = total.isfinite() & norm.isfinite()
@@ -392,7 +404,7 @@ def read(job: Job, unread: list[Step], at: Position) -> tuple[dict[str, float], 
             at.bad_steps = 0
             continue
         at.bad_steps += 1
-        names = [job.images.source.names[row] for row in taken.rows.tolist()]
+        names = [job.images.source.names[row] for rows in job.world.gather(taken.rows.tolist()) for row in rows]
         row = {"step": taken.number, "loss": None, "lr": taken.lr, "skipped": names}
         log_row(job, row)
         with report_failure(job, job.run.faults_file):
@@ -413,11 +425,22 @@ def epoch_text(done: float, total: float) -> str:
     return f"epoch {done:.{decimals}f}/{total:.{decimals}f}"
 
 
-def compile_or_explain(job: Job) -> None:
+def build_distributed(config: Config, plan: Plan, console: Console, world: World) -> Distributed:
+    """Build the method, apply train.recompute and train.compile, and distribute it over the processes."""
+    kind = "none" if world.alone else plan.parallel
+    method = build_method(config, plan.images, empty=kind in ("fsdp", "hsdp"))
+    if config.train.recompute and not recompute_blocks(method):
+        console.warn(f"train.recompute has no effect: {config.method.name} has no transformer blocks")
+    if config.train.compile:
+        compile_or_explain(method, config, plan, console)
+    return distribute(method, kind, world, precision=plan.precision, device=plan.device)
+
+
+def compile_or_explain(method: Method, config: Config, plan: Plan, console: Console) -> None:
     """Compile the transformer blocks of the method, or warn why they run uncompiled."""
-    if reason := why_not_compiled(job.plan.device):
-        job.console.warn(f"torch.compile does not work here ({reason}); training continues without train.compile")
-    elif compile_blocks(job.method):
-        job.console.print("compiling the transformer blocks: the first step takes up to a minute longer")
+    if reason := why_not_compiled(plan.device):
+        console.warn(f"torch.compile does not work here ({reason}); training continues without train.compile")
+    elif compile_blocks(method):
+        console.print("compiling the transformer blocks: the first step takes up to a minute longer")
     else:
-        job.console.warn(f"train.compile has no effect: {job.config.method.name} has no transformer blocks to compile")
+        console.warn(f"train.compile has no effect: {config.method.name} has no transformer blocks to compile")

@@ -20,12 +20,13 @@ from unmask.data.scan.findings import findings
 from unmask.data.scan.odd_images import constant_line, mask_warnings
 from unmask.data.scan.scan import Scan, scan
 from unmask.data.sources.source import Source
-from unmask.engine.make_plan import DatasetFacts, LoadingPlan, make_plan
+from unmask.engine.make_plan import DatasetFacts, LoadingPlan, Processes, make_plan
 from unmask.engine.measure import Timing
 from unmask.engine.resolve import require_statistics
 from unmask.engine.supervision import SupervisedSplit
 from unmask.engine.time_budget import Budget
 from unmask.engine.training_plan import Plan
+from unmask.engine.world import current
 from unmask.errors import UserError
 
 NAMED_BAD_FILES = 5
@@ -65,7 +66,9 @@ def scan_source(source: Source, draft: Config, console: Console) -> tuple[Source
     source = source.with_reading(draft.data.reading)
     checked = min(len(source), draft.data.scan_sample or len(source))
     with console.progress("checking files", checked) as bar:
-        found = scan(source, sample=checked, channels=draft.data.channels, progress=bar.update)
+        found = current().from_writer(
+            lambda: scan(source, sample=checked, channels=draft.data.channels, progress=bar.update)
+        )
     if found.known:
         console.print(
             f"{found.known} of {found.checked} files are unchanged since they were last checked, and were not read "
@@ -119,16 +122,20 @@ def plan_training(request: TrainingRequest) -> tuple[ImageReader, Plan]:
     """
     config = request.config
     images, facts, image_reasons = choose_images(request)
-    loading, loading_reasons = choose_loading(request, images)
-    plan = make_plan(
-        config,
-        facts,
-        loading,
-        request.device,
-        budget=request.budget,
-        reasons=(*request.reasons, *image_reasons, *loading_reasons),
-    )
-    return images, plan
+
+    def plan() -> Plan:
+        loading, loading_reasons = choose_loading(request, images)
+        return make_plan(
+            config,
+            facts,
+            loading,
+            request.device,
+            budget=request.budget,
+            reasons=(*request.reasons, *image_reasons, *loading_reasons),
+            processes=Processes(current().size, current().local_size),
+        )
+
+    return images, current().from_writer(plan)
 
 
 def choose_images(request: TrainingRequest) -> tuple[ImageReader, DatasetFacts, tuple[str, ...]]:
@@ -167,11 +174,12 @@ def choose_images(request: TrainingRequest) -> tuple[ImageReader, DatasetFacts, 
 
 def choose_loading(request: TrainingRequest, images: ImageReader) -> tuple[LoadingPlan, tuple[str, ...]]:
     """Return how to load `images`, and why. The loading time is measured only if a budget requires it."""
-    data, decoded_bytes = request.config.data, request.scan.decoded_bytes * len(images.rows)
+    processes = current().local_size
+    data, decoded_bytes = request.config.data, request.scan.decoded_bytes * len(images.rows) * processes
     cached = data.cache
     if cached is None:
         cached = decoded_bytes <= data.cache_gib * 2**30
-    workers, why = choose_workers(request.device, cached=cached)
+    workers, why = choose_workers(request.device, cached=cached, processes=processes)
     if data.workers is not None:
         workers, why = data.workers, f"{data.workers} loader workers: the setting data.workers"
     memory = (f"decoded images kept in memory: {decoded_bytes / 2**20:.0f} MiB",) if cached else ()

@@ -8,7 +8,7 @@ plan and does not make a new one.
 from __future__ import annotations
 
 import math
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 from pydantic import SerializerFunctionWrapHandler, model_serializer, model_validator
@@ -28,6 +28,7 @@ STORED_NAMES = {"annotations_digest": "taught"}
 class Plan(Settings):
     """All derived values of a run.
 
+    processes: number of processes that train. parallel: engine that distributes the training over several processes.
     fingerprint: digest of the names and sizes of the files. excluded: rows of the source that are not used for
     training. test_rows: excluded rows on which a supervised run is evaluated. held_out: excluded rows for the held-out
     loss of a pre-training run. test_every: steps between evaluations; 0 evaluates only at the end. annotations_digest:
@@ -49,6 +50,8 @@ class Plan(Settings):
     final_lr: float
     epochs: float
     num_images: int
+    processes: int = 1
+    parallel: Literal["ddp", "fsdp", "hsdp"] = "ddp"
     images: ImageSpec
     fingerprint: str
     excluded: tuple[int, ...] = ()

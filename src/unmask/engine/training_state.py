@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict
 
+import torch
 from torch import Tensor
 
 from unmask.engine import checkpoint, copy_weights, optimizer_state
@@ -14,6 +16,7 @@ from unmask.engine.job import Job, Position, Step, report_failure
 from unmask.engine.load import take_weights
 from unmask.engine.pacing import Stopwatch
 from unmask.engine.samples import evenly_spaced, fixed_images
+from unmask.engine.sharding import gathered, hand_out
 from unmask.engine.training_plan import Plan
 from unmask.errors import TrainingFailed, UserError
 from unmask.method import Method
@@ -26,19 +29,33 @@ AVERAGE = "/average"  # suffix of averaged parameters among a checkpoint's optim
 
 
 def initialise(job: Job) -> Position:
-    """Prepare step 0: copy initial weights, set buffers that depend on the data, save the tensors that never change."""
-    take_weights(job.method, job.config)
+    """Prepare step 0: copy initial weights, set buffers that depend on the data, save the tensors that never change.
+
+    The writer does this, and hands the weights out to the other processes, so that they do not depend on the number of
+    processes or on how the weights are divided among them.
+    """
+    world, method = job.world, job.method
+    if job.distributed.sharded and world.is_writer:
+        method = build_method(job.config, job.plan.images)
+    world.from_writer(lambda: prepare_weights(job, method))
+    if not world.alone:
+        hand_out(job.method.state_dict(), method.state_dict() if world.is_writer else None, world)
+    return Position()
+
+
+def prepare_weights(job: Job, method: Method) -> None:
+    """Set the weights and buffers of step 0 in a method that has all its weights; see `initialise`."""
+    take_weights(method, job.config)
     grafted = tuple(entry.target for entry in job.config.graft)
     # Do not recompute grafted palettes or PCA bases: the grafted weights depend on them.
-    if job.method.num_prepare and not any(prefix.startswith(grafted) for prefix in job.method.fixed if grafted):
-        rows = evenly_spaced(job.images.rows, job.method.num_prepare)
-        sample = fixed_images(job.images, job.plan, rows)
-        job.method.prepare(sample.images, sample.valid)
-    if job.method.fixed:
-        state = job.method.state_dict()
-        fixed = {name: value for name, value in state.items() if name.startswith(job.method.fixed)}
+    if method.num_prepare and not any(prefix.startswith(grafted) for prefix in method.fixed if grafted):
+        rows = evenly_spaced(job.images.rows, method.num_prepare)
+        sample = fixed_images(job.images, job.plan, rows).to(method.device)
+        method.prepare(sample.images, sample.valid)
+    if method.fixed:
+        state = method.state_dict()
+        fixed = {name: value for name, value in state.items() if name.startswith(method.fixed)}
         checkpoint.save_fixed(job.run, fixed)
-    return Position()
 
 
 def restore(job: Job) -> Position | None:
@@ -47,18 +64,50 @@ def restore(job: Job) -> Position | None:
 
     Raises CheckpointError if all checkpoints are damaged, or if one does not fit the method.
     """
-    found = checkpoint.load_latest(job.run, log=job.console.warn)
-    if found is None:
+    world = job.world
+    found = world.on_writer(lambda: read_latest(job))
+    contents = world.from_writer(lambda: None if found is None else (describe(found.optim), found.state))
+    if contents is None:
         return None
-    copy_weights.require_fit(job.method, found.model, f"the checkpoint of step {found.step} of {job.run.path}")
-    job.method.load_state_dict(found.model)
-    names = parameter_names(job.method)
-    moments = {entry: value for entry, value in found.optim.items() if not entry.endswith(AVERAGE)}
-    optimizer_state.tensors_to_optimizer(job.optimizer, names, moments, found.state["optimizer"])
+    described, state = contents
+    if world.alone and found is not None:
+        job.method.load_state_dict(found.model)
+        optim = found.optim
+    else:
+        hand_out(job.method.state_dict(), None if found is None else found.model, world)
+        optim = room_for(described, job.method)
+        hand_out(optim, None if found is None else found.optim, world)
+    moments = {entry: value for entry, value in optim.items() if not entry.endswith(AVERAGE)}
+    optimizer_state.tensors_to_optimizer(job.optimizer, parameter_names(job.method), moments, state["optimizer"])
     if job.average is not None:
-        averages = {entry: value for entry, value in found.optim.items() if entry.endswith(AVERAGE)}
+        averages = {entry: value for entry, value in optim.items() if entry.endswith(AVERAGE)}
         job.average.load({entry.removesuffix(AVERAGE): value for entry, value in averages.items()})
-    return Position(**found.state["position"])
+    return Position(**state["position"])
+
+
+def read_latest(job: Job) -> checkpoint.Checkpoint | None:
+    """Return the newest intact checkpoint, which fits the method, or None without a checkpoint."""
+    found = checkpoint.load_latest(job.run, log=job.console.warn)
+    if found is not None:
+        copy_weights.require_fit(job.method, found.model, f"the checkpoint of step {found.step} of {job.run.path}")
+    return found
+
+
+def describe(tensors: Mapping[str, Tensor]) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    """Return the shape and dtype of each tensor."""
+    return {name: (value.shape, value.dtype) for name, value in tensors.items()}
+
+
+def room_for(described: Mapping[str, tuple[torch.Size, torch.dtype]], method: Method) -> dict[str, Tensor]:
+    """Return tensors of zeros for an optimiser's state, divided among the processes like its parameters."""
+    parameters, room = dict(method.named_parameters()), {}
+    for entry, (shape, dtype) in described.items():
+        like = parameters[entry.rpartition("/")[0]].detach()
+        if shape == like.shape:
+            room[entry] = torch.zeros_like(like, dtype=dtype)
+        else:
+            room[entry] = torch.zeros(shape, dtype=dtype, device=like.device)
+    return room
 
 
 def parameter_names(method: Method) -> dict[Tensor, str]:
@@ -79,8 +128,11 @@ def save(job: Job, at: Position, stopwatch: Stopwatch) -> str | None:
     weights = {name: value for name, value in method.state_dict().items() if not name.startswith(method.fixed)}
     with report_failure(job, run.metrics_file):
         run.sync_metrics()
+    world = job.world
+    if job.distributed.sharded:
+        weights, tensors = gathered(weights, world), gathered(tensors, world)
     try:
-        checkpoint.save(run, at.step, weights, tensors, state, keep=train.keep_checkpoints)
+        world.on_writer(lambda: checkpoint.save(run, at.step, weights, tensors, state, keep=train.keep_checkpoints))
     except (CheckpointFull, CheckpointRefused, RunGone) as error:
         return str(error)
     with report_failure(job, run.path / STATUS):
@@ -103,7 +155,8 @@ def roll_back(job: Job, fault: Step, at: Position, stopwatch: Stopwatch) -> Posi
         )
     back = restore(job)
     if back is None:
-        job.method.load_state_dict(build_method(job.config, job.plan.images).state_dict())
+        if not job.distributed.sharded:
+            job.method.load_state_dict(build_method(job.config, job.plan.images).state_dict())
         job.optimizer.state.clear()
         if job.average is not None:
             job.average.load({})

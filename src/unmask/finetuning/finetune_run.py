@@ -40,6 +40,7 @@ from unmask.engine.start_run import start_run
 from unmask.engine.supervision import SupervisedSplit, Supervision
 from unmask.engine.time_budget import Budget, as_budget
 from unmask.engine.training_plan import Plan
+from unmask.engine.world import together
 from unmask.errors import UserError
 from unmask.finetuning.annotated import (
     AnnotatedImages,
@@ -69,7 +70,6 @@ from unmask.nn.default_dtype import float32_default
 from unmask.recipes import catalogue
 from unmask.results import read_score
 from unmask.run import Run
-from unmask.system.processes import reject_several_processes
 from unmask.task import MaskTaskConfig, PartialTaskConfig
 
 
@@ -150,6 +150,7 @@ class Examples:
         return own if self.test is None else own + digest(self.test, self.test.rows)
 
 
+@together
 @float32_default()
 def finetune(
     from_run: str | Path,
@@ -173,11 +174,10 @@ def finetune(
     asked = Request.of("finetune", data, budget, options, from_run=from_run)
     choose_again = partial(configure_again, from_run, replace(options, task=task), budget)
     if resume_auto and (begun := run_to_continue(out, asked, choose_again, console)):
-        return resume(begun.path, console=console)
+        return resume(begun, console=console)
     if out is not None:
         Run.check_free(out)
     settings = checked_settings(task, options, budget, console)
-    reject_several_processes()
     run = Run.open(from_run)
     finetuning_config(
         read_config(run), ("one", "other")
@@ -353,6 +353,7 @@ def report_annotations(annotated: AnnotatedImages, config: Config, console: Cons
         (console.warn if costly else console.print)(line)
 
 
+@together
 def resume(
     run_folder: str | Path,
     *,

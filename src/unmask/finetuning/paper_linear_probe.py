@@ -10,6 +10,7 @@ from unmask.config import ConfigError, parse
 from unmask.console import Console
 from unmask.engine import checkpoint
 from unmask.engine.load import read_plan
+from unmask.engine.world import current, together
 from unmask.finetuning.annotated import (
     open_annotated,
     split_rows,
@@ -19,12 +20,12 @@ from unmask.nn.default_dtype import float32_default
 from unmask.results import PRETRAINED, FeatureScore, ProbeResult, read_score, to_json
 from unmask.run import Run
 from unmask.system.atomic_files import free_path
-from unmask.system.processes import reject_several_processes
 
 PROBE = "linear_probe"
 PAPER_BATCH, PAPER_PEAK = 16_384, 6.4
 
 
+@together
 @float32_default()
 def paper_linear(
     from_run: str | Path,
@@ -43,7 +44,6 @@ def paper_linear(
     and the peak learning rate stays 6.4. It is not scaled down with the batch size, because LARS moves a matrix by a
     share of its norm in each step, and with a small rate the probe would not learn.
     """
-    reject_several_processes()
     console = console or Console()
     outer, name = Run.open(from_run), "paper-linear-" + (Path(data).name or "data").replace(".", "-")
     name += "" if shots is None else f"-{shots}-shots"
@@ -61,7 +61,7 @@ def paper_linear(
             f"batch size {batch} with {rate}: the paper's batch size of {PAPER_BATCH} is too large for {len(rows)} "
             "images"
         )
-    place = free_path(outer.path / name)
+    place = current().from_writer(lambda: free_path(outer.path / name))
     options = FinetuneOptions(task=PROBE, test=test, shots=shots, recipe="linear_paper", settings=settings)
     run = finetune(outer.path, data, options, out=place, console=console)
     if not run.finished:
@@ -69,7 +69,7 @@ def paper_linear(
             f"the probe was stopped; finish it with `unmask resume {run.path}`, which stores the result in that run"
         )
     result = _result(run, checkpoint.newest_step(outer), shots)
-    outer.write(f"evals/probe-{run.path.name}.json", to_json(result))
+    current().on_writer(lambda: outer.write(f"evals/probe-{run.path.name}.json", to_json(result)))
     return result
 
 

@@ -168,24 +168,53 @@ def _guarded(script: Path, line: int) -> bool:
 # Launchers
 
 
-_LAUNCHERS = {
-    "torchrun": "WORLD_SIZE",
-    "srun": "SLURM_NTASKS",
-    "mpirun": "OMPI_COMM_WORLD_SIZE",
-    "mpiexec": "PMI_SIZE",
-}
+_OTHER_LAUNCHERS = {"srun": "SLURM_NTASKS", "mpirun": "OMPI_COMM_WORLD_SIZE", "mpiexec": "PMI_SIZE"}
 
 
-def reject_several_processes(environment: Mapping[str, str] | None = None) -> None:
-    """Reject launchers that started several processes, because each process would train by itself. Raises UserError."""
+def launched(environment: Mapping[str, str] | None = None) -> int:
+    """Return how many processes torchrun, or a launcher that sets the same variables, has started; 1 without one."""
     environment = os.environ if environment is None else environment
-    for launcher, size in _LAUNCHERS.items():
+    size = environment.get("WORLD_SIZE", "")
+    return int(size) if size.isdecimal() and int(size) > 1 and "RANK" in environment else 1
+
+
+def speaks() -> bool:
+    """Return whether this process prints the results of a command, which other processes execute too."""
+    return launched() == 1 or os.environ.get("RANK") == "0"
+
+
+speak_once: Callable[[], bool] = speaks
+"""Return whether this process prints the message about an error. Processes that work together replace this function."""
+
+
+def reject_launchers(verb: str, *, together: bool, environment: Mapping[str, str] | None = None) -> None:
+    """Reject launchers of several processes that the verb cannot use. Raises UserError.
+
+    together: whether several processes execute the verb together.
+    """
+    environment = os.environ if environment is None else environment
+    if together:
+        reject_other_launchers(environment)
+    elif (count := launched(environment)) > 1:
+        raise UserError(
+            f"got WORLD_SIZE={count}, set by a launcher; expected one process, because `unmask {verb}` does not divide "
+            "its work among processes; start it without the launcher"
+        )
+
+
+def reject_other_launchers(environment: Mapping[str, str] | None = None) -> None:
+    """Reject launchers that start several processes, but do not connect them as torchrun does. Raises UserError."""
+    environment = os.environ if environment is None else environment
+    if launched(environment) > 1:
+        return
+    for launcher, size in _OTHER_LAUNCHERS.items():
         count = environment.get(size, "")
         if not count.isdecimal() or int(count) <= 1 or (launcher == "srun" and not _under_srun(environment)):
             continue
         raise UserError(
-            f"got {size}={count} (set by {launcher}); expected one process: training with several processes is not "
-            f"supported yet, and each would train by itself; start the command without {launcher}, or with one task"
+            f"got {size}={count} (set by {launcher}); expected processes that torchrun started, because those of "
+            f"{launcher} are not connected, and each would train by itself; use one task per host, and start the "
+            "command in it with `unmask launch`; docs/scale-out.md has examples"
         )
 
 

@@ -33,11 +33,12 @@ class StopRequested(BaseException):
 class StopRequest:
     """Records whether a stop was requested.
 
-    kept: what is saved so far, for the message when the process ends at once.
+    kept: what is saved so far, for the message when the process ends at once. postponed: whether no code is
+    interrupted, because several processes must agree to stop first.
     """
 
     def __init__(self) -> None:
-        self.requested = False
+        self.requested = self.postponed = False
         self.kept = ""
         self._interruptible = False
 
@@ -47,6 +48,9 @@ class StopRequest:
 
         The body may be interrupted anywhere, so it must not change the training's state.
         """
+        if self.postponed:
+            yield
+            return
         if self.requested:
             raise StopRequested
         before, self._interruptible = self._interruptible, True

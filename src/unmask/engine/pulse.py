@@ -1,0 +1,240 @@
+"""Detect that one of several processes has ended, failed or hangs, and end all of them with one message.
+
+Each process publishes a pulse every second in the store of the launcher, and watches the pulse of the next process.
+Whoever detects a failure records it in the store, one process prints it, and all end with the same exit code. A thread
+of its own does this, because the main thread may be blocked in a collective operation.
+
+A process whose main thread hangs has a pulse. Its own watchdog (`system/stalls.py`) ends it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from unmask.console import escape_controls
+from unmask.errors import TrainingFailed, UserError
+from unmask.system.processes import STOP_SIGNALS
+from unmask.system.stalls import Patience, write_now
+
+VARIABLE = "UNMASK_PEER_SECONDS"
+DEFAULT_SECONDS = 60.0
+BEAT = 1.0
+TICK = 0.2
+LEFT = "left"
+OWN_ERROR_SECONDS = 3.0  # seconds in which the main thread may fail by itself, after another process has failed
+
+
+def limit_seconds() -> float:
+    """Return after how many seconds without a pulse a process counts as dead. Raises UserError."""
+    text = os.environ.get(VARIABLE, "")
+    try:
+        seconds = float(text or DEFAULT_SECONDS)
+    except ValueError:
+        seconds = -1.0
+    if not seconds > 0:
+        raise UserError(f"got {VARIABLE}={text}; expected a positive number of seconds")
+    return seconds
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why all processes end. rank, host, pid: the process that failed. code: exit code of all processes."""
+
+    rank: int
+    host: str
+    pid: int
+    cause: str
+    code: int = 1
+
+    def message(self) -> str:
+        return f"rank {self.rank} on {self.host} (process {self.pid}) {self.cause}"
+
+
+class Pulse:
+    """Publishes the pulse of this process and watches the others.
+
+    key: prefix of all keys in the store, different for each start. limit: seconds without a pulse after which a process
+    counts as dead. on_failure: function that records the message of a failure in the run; the training sets it.
+    """
+
+    def __init__(self, rank: int, size: int, key: str, limit: float) -> None:
+        self.rank, self.size, self.key, self.limit = rank, size, key, limit
+        self.on_failure: Callable[[str], object] = lambda message: None
+        self.host, self.pid = socket.gethostname(), os.getpid()
+        self._store = _connect(limit)
+        self._closing = _connect(limit)  # for the main thread, because a client does one operation at a time
+        self._closed = threading.Event()
+        self._contact = time.monotonic()
+        self._store.set(f"{key}/who/{rank}", json.dumps({"host": self.host, "pid": self.pid}))
+
+    def start(self) -> None:
+        for name, run in (("pulse", self._beat), ("contact", self._watch_contact)):
+            threading.Thread(target=run, daemon=True, name=f"unmask {name}").start()
+
+    # Called by the main thread
+
+    @property
+    def failed(self) -> bool:
+        """Whether this process has ended its part because of an error."""
+        return self._closed.is_set()
+
+    def claim(self) -> bool:
+        """Return True in the first process that calls this; it prints the message about an error."""
+        try:
+            return self._closing.add(f"{self.key}/claimed", 1) == 1
+        except Exception:  # without the store, a message printed twice is better than none
+            return True
+
+    def fail(self, error: BaseException) -> None:
+        """Record that this process ends because of an error, so that the others end too.
+
+        If the error is only the consequence of another process that has failed or ended, this process ends here, with
+        the message about that process. The same error in all processes is left to the caller.
+        """
+        if isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit):
+            self.leave()
+            return
+        self.blame(error)
+        own = Failure(
+            self.rank, self.host, self.pid, f"failed: {_line(error)}", 2 if isinstance(error, UserError) else 1
+        )
+        found = self._recorded(self._closing)
+        self._closed.set()
+        if found is not None and found.cause != own.cause:
+            self._end(found)
+        with suppress(Exception):
+            self._record(own)
+
+    def blame(self, error: BaseException) -> None:
+        """End this process with a message about another process, if the error shows that its connection was lost."""
+        if not _is_lost_connection(error):
+            return
+        _ignore_stop_requests()
+        if (found := self._culprit()) is not None:
+            self._end(found)
+
+    def leave(self) -> None:
+        """Record that this process has finished, so that the end of its pulse is no failure."""
+        self._closed.set()
+        with suppress(Exception):
+            self._closing.set(f"{self.key}/pulse/{self.rank}", LEFT)
+
+    # In the threads
+
+    def _beat(self) -> None:
+        watched, seen, patience, count, due = self._after(self.rank), "", Patience(self.limit), 0, 0.0
+        while not self._closed.wait(TICK):
+            dead = patience.tick()
+            if time.monotonic() < due:
+                continue
+            count, due = count + 1, time.monotonic() + BEAT
+            with suppress(Exception):  # without the store; `_watch_contact` detects that
+                self._store.set(f"{self.key}/pulse/{self.rank}", str(count))
+                if (failure := self._recorded(self._store)) is not None:
+                    if self._closed.wait(OWN_ERROR_SECONDS):  # the main thread has failed with the same error
+                        return
+                    self._end(failure)
+                now = self._pulse_of(watched)
+                if now == LEFT:
+                    watched, seen, patience = self._after(watched), "", Patience(self.limit)
+                elif now != seen:
+                    seen, patience = now, Patience(self.limit)
+                elif dead:
+                    self._end(self._record(self._about(watched, f"has not answered for {self.limit:g} s")))
+                self._contact = time.monotonic()
+
+    def _after(self, rank: int) -> int:
+        """Return the next rank that is not this process."""
+        following = (rank + 1) % self.size
+        return following if following != self.rank else (following + 1) % self.size
+
+    def _watch_contact(self) -> None:
+        patience, seen = Patience(self.limit + 5 * BEAT), self._contact
+        while not self._closed.wait(TICK):
+            if self._contact != seen:
+                seen, patience = self._contact, Patience(self.limit + 5 * BEAT)
+            elif patience.tick():
+                where = os.environ.get("MASTER_ADDR", "rank 0")
+                cause = f"has lost contact to {where} for {self.limit:g} s: the network or that host has failed"
+                self._end(Failure(self.rank, self.host, self.pid, cause), claim=False)
+
+    def _pulse_of(self, rank: int) -> str:
+        key = f"{self.key}/pulse/{rank}"
+        return self._store.get(key).decode() if self._store.check([key]) else ""
+
+    def _about(self, rank: int, cause: str) -> Failure:
+        who = json.loads(self._store.get(f"{self.key}/who/{rank}"))
+        return Failure(rank, who["host"], who["pid"], cause)
+
+    def _record(self, failure: Failure) -> Failure:
+        """Record a failure unless one is recorded already; return the one that is recorded."""
+        text = json.dumps(asdict(failure))
+        return Failure(**json.loads(self._store.compare_set(f"{self.key}/failure", "", text)))
+
+    def _recorded(self, store: dist.Store) -> Failure | None:
+        key = f"{self.key}/failure"
+        return Failure(**json.loads(store.get(key))) if store.check([key]) else None
+
+    def _culprit(self) -> Failure | None:
+        """Wait until it is known which other process has failed or ended; None if nothing is known in time."""
+        deadline, before, since = time.monotonic() + min(self.limit, 20.0), self._pulses(), time.monotonic()
+        while time.monotonic() < deadline:
+            if (failure := self._recorded(self._closing)) is not None:
+                return failure
+            if time.monotonic() - since > 4 * BEAT:
+                after = self._pulses()
+                dead = [rank for rank in before if before[rank] == after.get(rank) and rank != self.rank]
+                if dead:
+                    cause = "ended without a message; it was killed, perhaps because memory ran out"
+                    return self._record(self._about(dead[0], cause))
+                before, since = after, time.monotonic()
+            time.sleep(TICK)
+        return None
+
+    def _pulses(self) -> dict[int, str]:
+        found = {rank: self._pulse_of(rank) for rank in range(self.size)}
+        return {rank: value for rank, value in found.items() if value != LEFT}
+
+    def _end(self, failure: Failure, *, claim: bool = True) -> None:
+        """End this process with the message of a failure, which one process prints."""
+        message = failure.message()
+        with suppress(Exception):
+            self.on_failure(message)
+        if not claim or self.claim():
+            write_now(escape_controls(f"error: {message}; all processes end\n"))
+        os._exit(failure.code)
+
+
+def _ignore_stop_requests() -> None:
+    """Ignore the signals that stop a run: this process ends anyway, and torchrun sends SIGTERM if one ends."""
+    if threading.current_thread() is threading.main_thread():
+        for name in STOP_SIGNALS:
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+
+
+def _connect(limit: float) -> dist.Store:
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=max(limit, 5.0)))
+
+
+def _is_lost_connection(error: BaseException) -> bool:
+    """Return whether a collective operation failed because another process has ended."""
+    words = ("Connection closed", "Connection reset", "Broken pipe", "timed out", "Timed out", "NCCL", "gloo")
+    is_ours = isinstance(error, TrainingFailed)
+    return isinstance(error, RuntimeError) and not is_ours and any(word in str(error) for word in words)
+
+
+def _line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,195 @@
+"""Distribute a method over processes with PyTorch's engines: DDP, or FSDP2 over one or two dimensions (HSDP).
+
+A method is a plain module that knows nothing of this. `distribute` applies, in this order: recomputed activations,
+torch.compile for each block, and DDP or FSDP2. DDP keeps all weights in every process. FSDP2 keeps a share of the
+weights, gradients and moments in each (as DTensors), and gathers the weights of a block only while it is computed.
+
+Gradients are averaged over the processes, in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from inspect import signature
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from unmask.batch import Batch
+from unmask.engine.compile import BLOCKS
+from unmask.engine.world import ALONE, World
+from unmask.method import Clock, Loss, Method
+from unmask.nn.batch_sums import part_of_batch
+from unmask.nn.whole import whole
+
+Parallel = Literal["none", "ddp", "fsdp", "hsdp"]
+
+
+@dataclass(frozen=True)
+class Distributed:
+    """A method that the processes of `world` compute together. module: what DDP or FSDP2 has wrapped, or None."""
+
+    method: Method
+    world: World = ALONE
+    kind: Parallel = "none"
+    module: nn.Module | None = None
+
+    @property
+    def sharded(self) -> bool:
+        """Whether each process has only a share of the weights."""
+        return self.kind in ("fsdp", "hsdp")
+
+    def loss(self, batch: Batch, clock: Clock) -> Loss:
+        """Return the loss of this process's part of a micro-batch."""
+        if self.module is None:
+            return self.method(batch, clock)
+        with part_of_batch(self.world.size, self.world.sum):
+            return Loss(*self.module(batch, clock))
+
+    def accumulating(self, *, last: bool) -> AbstractContextManager[object]:
+        """Context manager around forward and backward of a micro-batch.
+
+        Gradients are averaged over the processes only in the last micro-batch of a step.
+        """
+        if self.kind == "ddp" and not last:
+            assert isinstance(self.module, nn.parallel.DistributedDataParallel), "kind is ddp"
+            return self.module.no_sync()
+        if self.sharded:
+            self.module.set_requires_gradient_sync(last)  # type: ignore[union-attr, operator]
+        return nullcontext()
+
+
+class _LossTensors(nn.Module):
+    """Return the loss as a tuple, because DDP and FSDP2 look for tensors in tuples and dicts only."""
+
+    def __init__(self, method: Method) -> None:
+        super().__init__()
+        self.method = method
+
+    def forward(self, batch: Batch, clock: Clock) -> tuple[Tensor, dict[str, Tensor]]:
+        loss = self.method(batch, clock)
+        return loss.value, loss.logs
+
+
+def distribute(method: Method, kind: Parallel, world: World, *, precision: str, device: str) -> Distributed:
+    """Distribute a method in place, and move it to the device.
+
+    Under FSDP2, parameters on the meta device get memory, but no values; see `hand_out`.
+    """
+    if kind == "none":
+        return Distributed(method.to(device))
+    if kind == "ddp":
+        ddp = nn.parallel.DistributedDataParallel
+        earlier = "forward_sync_buffers" not in signature(ddp.__init__).parameters  # torch before 2.12
+        buffers_stay: dict[str, Any] = {"broadcast_buffers" if earlier else "forward_sync_buffers": False}
+        wrapped = ddp(
+            _LossTensors(method.to(device)),
+            process_group=world.devices,
+            **buffers_stay,
+            gradient_as_bucket_view=True,
+            static_graph=True,
+        )
+        return Distributed(method, world, kind, wrapped)
+    module = _LossTensors(method)
+    shard(module, mesh_of(kind, world, device.partition(":")[0]), precision)
+    buffers = {name: value.clone() for name, value in module.named_buffers()}
+    if any(parameter.is_meta for parameter in module.parameters()):
+        module.to_empty(device=device)
+        for name, value in module.named_buffers():
+            value.copy_(buffers[name])
+    else:
+        module.to(device)
+    return Distributed(method, world, kind, module)
+
+
+def mesh_of(kind: Parallel, world: World, device: str) -> Any:
+    """Return the mesh of processes: one dimension (fsdp), or replicas x shards, where a host is a replica (hsdp)."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    if kind == "fsdp":
+        return init_device_mesh(device, (world.size,), mesh_dim_names=("shard",))
+    shards = world.local_size if 1 < world.local_size < world.size else world.size // 2
+    return init_device_mesh(device, (world.size // shards, shards), mesh_dim_names=("replicate", "shard"))
+
+
+def shard(module: nn.Module, mesh: Any, precision: str) -> None:
+    """Shard each transformer block, and the rest of the module as one group.
+
+    With bf16, the blocks gather their weights in bf16; the master weights and all reductions are float32. Activations
+    stay as in a single process, where autocast decides on their precision.
+    """
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    plain = MixedPrecisionPolicy(cast_forward_inputs=False)
+    half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for block in [part for part in module.modules() if isinstance(part, BLOCKS)]:
+        fully_shard(block, mesh=mesh, mp_policy=half if precision == "bf16" else plain)
+    fully_shard(module, mesh=mesh, mp_policy=plain)
+
+
+def recompute_blocks(method: nn.Module) -> int:
+    """Make each transformer block recompute its activations in the backward pass; return the number of blocks."""
+    blocks = [part for part in method.modules() if isinstance(part, BLOCKS)]
+    for block in blocks:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
+    return len(blocks)
+
+
+def fill(target: Tensor, value: Tensor | None, world: World) -> None:
+    """Set a tensor in all processes to the value that the writer has. target: a tensor or DTensor of the same shape."""
+    placements, local = getattr(target, "placements", None), target
+    source = torch.empty(target.shape, dtype=target.dtype, device=target.device) if value is None else None
+    whole_value = source if value is None else value.detach().to(target.device, target.dtype).contiguous()
+    assert whole_value is not None
+    with torch.no_grad():
+        if placements is None:
+            if world.is_writer:
+                whole_value = whole_value.clone()
+            dist.broadcast(whole_value, src=0, group=world.devices)
+            local.copy_(whole_value)
+            return
+        from torch.distributed.tensor import DTensor, distribute_tensor
+
+        assert isinstance(target, DTensor), "only DTensors have placements"
+        parts = distribute_tensor(whole_value, target.device_mesh, target.placements)
+        target.to_local().copy_(parts.to_local())
+
+
+def hand_out(targets: Mapping[str, Tensor], values: Mapping[str, Tensor] | None, world: World) -> None:
+    """Set tensors in all processes to the writer's values, by name. values: None in the other processes."""
+    for name, target in targets.items():
+        fill(target, None if values is None else values[name], world)
+
+
+def gathered(tensors: Mapping[str, Tensor], world: World) -> dict[str, Tensor]:
+    """Return whole copies on the CPU in the writer, {} in the other processes. All processes must call this."""
+    found = {}
+    for name, value in tensors.items():
+        full = whole(value.detach())
+        if world.is_writer:
+            found[name] = full.cpu()
+    return found
+
+
+@contextmanager
+def whole_method(distributed: Distributed, build: Callable[[], Method], device: str) -> Iterator[Method]:
+    """Context manager that yields the method with all its weights in the writer, for pictures and evaluations.
+
+    In the other processes it yields the method as it is, which must not be called. build: builds another method.
+    """
+    if not distributed.sharded:
+        yield distributed.method
+        return
+    weights = gathered(distributed.method.state_dict(), distributed.world)
+    if not distributed.world.is_writer:
+        yield distributed.method
+        return
+    copy = build()
+    copy.load_state_dict(weights)
+    yield copy.to(device)
