@@ -9,6 +9,7 @@ from unmask.batch import ImageSpec
 from unmask.config import override
 from unmask.console import Console
 from unmask.engine import flops as flops_module
+from unmask.engine.cluster_plan import Cluster
 from unmask.engine.flops import COUNTED, blocks_flops, build_unallocated, count_flops, typical_images
 from unmask.engine.measure import example_batch
 from unmask.engine.recipe_costs import IMAGENET, print_costs, recipe_costs
@@ -80,7 +81,7 @@ def test_multiply_accumulates_match_published_numbers(name, whole, visible, deco
 
 
 def test_mae_large_saves_a_factor_of_3_29_and_a_decoder_token_costs_9_percent():
-    found = recipe_costs("mae_large", gpus=64)
+    found = recipe_costs("mae_large", cluster=Cluster(gpus=64))
     assert round(found["ratios"]["blocks"], 2) == 3.29
     assert round(found["ratios"]["decoder_per_token"], 2) == 0.09
     assert round(found["ratios"]["encoder"], 1) == 4.1
@@ -95,10 +96,13 @@ def test_mae_large_saves_a_factor_of_3_29_and_a_decoder_token_costs_9_percent():
 
 
 def test_number_of_gpus_that_does_not_divide_the_batch_is_rejected():
-    with pytest.raises(UserError, match=r"got 6 GPUs, which do not divide the global batch of 4096.*use 4"):
-        recipe_costs("mae_large", gpus=6)
+    message = (
+        r"got train\.batch_size=4096 for 6 processes; expected a multiple of 6; use --set train\.batch_size=4092 or"
+    )
+    with pytest.raises(UserError, match=message):
+        recipe_costs("mae_large", cluster=Cluster(gpus=6))
     with pytest.raises(UserError, match="got 0 GPUs; expected at least 1"):
-        recipe_costs("mae_large", gpus=0)
+        Cluster(gpus=0)
 
 
 @pytest.mark.parametrize("setting", ["method.loss_on=all", "method.mask_tokens=encoder"])
@@ -156,7 +160,7 @@ def test_method_that_predicts_codes_is_counted_with_a_named_tokenizer(capsys):
 
 
 def test_costs_are_printed(capsys):
-    print_costs(recipe_costs("mae_large", gpus=64), Console())
+    print_costs(recipe_costs("mae_large", cluster=Cluster(gpus=64)), Console())
     said = capsys.readouterr().err
     for text in (
         "329.54 M",

@@ -24,6 +24,15 @@ def state_bytes(parameters: int, trainable: int, *, moments: int = 2, average: b
     return FLOAT32 * (parameters + trainable * (1 + moments + average))
 
 
+def num_shards(engine: Engine, ranks: int, ranks_per_node: int) -> int:
+    """Return among how many ranks each parameter is divided. On one node, hsdp makes two replicas."""
+    if engine == "ddp":
+        return 1
+    if engine == "fsdp":
+        return ranks
+    return ranks_per_node if 1 < ranks_per_node < ranks else max(1, ranks // 2)
+
+
 def choose_parallel(
     *,
     parameters: int,
@@ -52,10 +61,10 @@ def choose_parallel(
     gathered = FLOAT32 * GATHERED_BLOCKS * largest_block
     whole = state + activations
     needs = (
-        f"model, gradients and moments ({_size(state)}) and activations of {images} "
-        f"{'image' if images == 1 else 'images'} ({_size(activations)})"
+        f"model, gradients and moments ({size(state)}) and activations of {images} "
+        f"{'image' if images == 1 else 'images'} ({size(activations)})"
     )
-    have = f"{_size(memory)} usable per device"
+    have = f"{size(memory)} usable per device"
     if whole <= memory:
         return "ddp", f"ddp: {needs} fit each device; {have}"
     nodes = ranks // ranks_per_node
@@ -63,21 +72,21 @@ def choose_parallel(
     if nodes > 1 and ranks_per_node > 1 and within <= memory:
         return "hsdp", (
             f"hsdp: {needs} do not fit one device, but divided among the {ranks_per_node} of a node they need "
-            f"{_size(within)} each; {have}"
+            f"{size(within)} each; {have}"
         )
     among = -(-state // ranks) + gathered + activations
     if among <= memory:
         place = f"the {ranks} of the node" if nodes <= 1 else f"all {ranks}"
         return (
             "fsdp",
-            f"fsdp: {needs} do not fit one device, but divided among {place} they need {_size(among)} each; {have}",
+            f"fsdp: {needs} do not fit one device, but divided among {place} they need {size(among)} each; {have}",
         )
     return "fsdp", (
-        f"fsdp: {needs} need {_size(among)} on each device even if divided among all {ranks}; {have}, so expect to run "
+        f"fsdp: {needs} need {size(among)} on each device even if divided among all {ranks}; {have}, so expect to run "
         "out of memory; use train.recompute=true, more devices or smaller images"
     )
 
 
-def _size(number: float) -> str:
+def size(number: float) -> str:
     """Return bytes as text, such as "9.8 GiB" or "12.5 MiB"."""
     return f"{number / 2**30:.1f} GiB" if number >= 2**30 else f"{number / 2**20:.1f} MiB"

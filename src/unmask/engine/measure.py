@@ -5,20 +5,23 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor, nn
 
 from unmask.batch import DTYPES, Batch, ImageSpec
 from unmask.config import Config
 from unmask.engine.build import build_method
-from unmask.engine.compile import compile_blocks, why_not_compiled
+from unmask.engine.compile import BLOCKS, compile_blocks, why_not_compiled
 from unmask.engine.device import autocast, wait_for
 from unmask.engine.host_memory import memory_kept
 from unmask.engine.operation_sizes import recorder
 from unmask.method import Clock, Method
+from unmask.nn.torch_internals import has_no_values, memory_address
 from unmask.optim import make_optimizer, update
 from unmask.rng import Draws
 
@@ -41,31 +44,74 @@ def example_batch(images: ImageSpec, count: int, device: str) -> Batch:
     return Batch(pixels, torch.arange(count), zeros, **about, boxes=box, box_labels=zeros[:, None]).to(device)
 
 
-def bytes_per_image(method: Method, images: ImageSpec, precision: str, device: str) -> int:
+def bytes_per_image(method: Method, images: ImageSpec, precision: str, device: str, *, recompute: bool = False) -> int:
     """Return the memory per image of a step in bytes: activations kept for backward, and the largest temporary tensors.
 
     The result is the difference between batches of four and of two images, so one-off allocations such as weights cast
     to bfloat16 cancel. A frozen encoder keeps no activations, but a few temporary tensors exist at the same time.
+    recompute: whether the transformer blocks recompute their activations (`train.recompute`); each then keeps its
+    inputs only, and the activations of one block exist at a time.
     """
 
     def needed(count: int) -> tuple[int, list[int]]:
-        seen: dict[int, int] = {}
-
-        def note(tensor: torch.Tensor) -> torch.Tensor:
-            storage = tensor.untyped_storage()
-            seen[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
+        kept = KeptTensors(BLOCKS if recompute else ())
         batch = example_batch(images, count, device)
-        kept = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
-        with kept, autocast(precision, device), recorder() as made:
+        with kept.recorded(method), autocast(precision, device), recorder() as made:
             loss = method(batch, Clock(0, 1, Draws(0, batch.epoch, batch.index)))
         del loss
-        return sum(seen.values()), made.bytes
+        return kept.bytes, made.bytes
 
     (kept, made), (kept_of_two, made_of_two) = needed(4), needed(2)
     widest = max((more - less for more, less in zip(made, made_of_two, strict=False)), default=0)
     return max(1, (kept - kept_of_two + TENSORS_AT_A_TIME * widest) // 2)
+
+
+class KeptTensors:
+    """Records the bytes of the tensors that autograd keeps for the backward pass.
+
+    Modules of the types `recomputing` keep their inputs only, and recompute the rest one after the other.
+    """
+
+    def __init__(self, recomputing: tuple[type[nn.Module], ...] = ()) -> None:
+        self.recomputing = recomputing
+        self.outside: dict[int, int] = {}
+        self.inside: list[dict[int, int]] = []
+        self.current = self.outside
+
+    @property
+    def bytes(self) -> int:
+        return sum(self.outside.values()) + max((sum(kept.values()) for kept in self.inside), default=0)
+
+    def note(self, tensor: Tensor) -> Tensor:
+        """Record a kept tensor; each storage counts once."""
+        storage = tensor.untyped_storage()
+        self.current[memory_address(tensor) if has_no_values(tensor) else storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    @contextmanager
+    def recorded(self, method: nn.Module) -> Iterator[None]:
+        """Context manager around the forward pass."""
+
+        def enter(_: nn.Module, inputs: tuple[Any, ...]) -> None:
+            if torch.is_grad_enabled():
+                for value in inputs:
+                    if isinstance(value, Tensor):
+                        self.note(value)
+                self.inside.append({})
+                self.current = self.inside[-1]
+
+        def leave(*_: object) -> None:
+            self.current = self.outside
+
+        parts = [part for part in method.modules() if isinstance(part, self.recomputing)]
+        hooks = [part.register_forward_pre_hook(enter) for part in parts]
+        hooks += [part.register_forward_hook(leave) for part in parts]
+        try:
+            with torch.autograd.graph.saved_tensors_hooks(self.note, lambda tensor: tensor):
+                yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
 
 class Timing(NamedTuple):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -42,5 +44,26 @@ class OperationSizes(TorchDispatchMode or object):  # pyright: ignore[reportGene
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         several = out if isinstance(out, tuple | list) else (out,)
-        self.bytes.append(sum(tensor.nbytes for tensor in several if isinstance(tensor, torch.Tensor)))
+        if sizes := [tensor.nbytes for tensor in several if isinstance(tensor, torch.Tensor)]:
+            self.bytes.append(sum(sizes))
+        return out
+
+
+class CastSizes(TorchDispatchMode or object):  # pyright: ignore[reportGeneralTypeIssues]
+    """Context manager that records the bytes of the bfloat16 copies that autocast makes of tensors.
+
+    named: (name, tensor) pairs. bytes: sizes of the copies, by name.
+    """
+
+    def __init__(self, named: Iterable[tuple[str, torch.Tensor]]) -> None:
+        super().__init__()
+        self.names = {tensor.untyped_storage()._cdata: name for name, tensor in named}
+        self.bytes: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._to_copy.default and out.dtype == torch.bfloat16:
+            name = self.names.get(args[0].untyped_storage()._cdata)
+            if name is not None:
+                self.bytes[name] += out.nbytes
         return out

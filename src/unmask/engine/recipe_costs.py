@@ -1,4 +1,4 @@
-"""`unmask plan RECIPE`: the cost of a recipe without any images: parameters, FLOPs, steps, images per GPU.
+"""`unmask plan RECIPE`: the cost of a recipe without any images: parameters, FLOPs, steps, and a plan for GPUs.
 
 All numbers are counted on the method itself (`engine/flops.py`). Some papers report multiply-accumulates ("G MACs",
 often called FLOPs) and others FLOPs (1 MAC = 2 FLOPs), so both are printed.
@@ -11,9 +11,10 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from unmask.config import Config, ConfigError, override
+from unmask.config import Config, override
 from unmask.console import Console
 from unmask.engine import initial_weights
+from unmask.engine.cluster_plan import Cluster, ClusterPlan, plan_cluster, print_cluster_plan, require_divisible
 from unmask.engine.flops import Flops, blocks_flops, build_unallocated, count_flops, typical_images
 from unmask.engine.make_plan import DEFAULT_EPOCHS
 from unmask.engine.resolve import draft_config
@@ -26,18 +27,31 @@ from unmask.recipes import catalogue
 IMAGENET = 1_281_167
 
 
-def recipe_costs(recipe: str, *, settings: Sequence[str] = (), gpus: int | None = None) -> dict[str, Any]:
-    """Return the costs as the object that --json prints. Raises ConfigError for invalid settings."""
+def recipe_costs(
+    recipe: str, *, settings: Sequence[str] = (), cluster: Cluster | None = None, verify: bool = False
+) -> dict[str, Any]:
+    """Return the costs as the object that --json prints. Raises ConfigError for invalid settings.
+
+    cluster: GPUs to plan for. verify: see `plan_cluster`.
+    """
+    return costs_and_plan(recipe, settings=settings, cluster=cluster, verify=verify)[0]
+
+
+def costs_and_plan(
+    recipe: str, *, settings: Sequence[str] = (), cluster: Cluster | None = None, verify: bool = False
+) -> tuple[dict[str, Any], ClusterPlan | None]:
+    """Return the costs as `recipe_costs` does, and the plan for the cluster, if there is one."""
     tokenizer, stand_in = stand_in_tokenizer(recipe, settings)
     config = draft_config(None, recipe, [*stand_in, *settings], None)
-    batches = schedule(config, gpus)
+    batches = schedule(config, cluster)
     images = typical_images(config)
     method = build_unallocated(config, images)
     flops = count_flops(config, images)
     parts = {name: sum(p.numel() for p in part.parameters()) for name, part in method.named_children()}
     whole = sum(p.numel() for p in method.parameters())
     encoder, decoder = parts.get("encoder", 0), parts.get("decoder", 0)
-    return {
+    plan = None if cluster is None else plan_cluster(config, images, flops, cluster, verify=verify)
+    found = {
         "recipe": config.recipe,
         "method": config.method.name,
         "tokenizer": tokenizer,
@@ -54,7 +68,9 @@ def recipe_costs(recipe: str, *, settings: Sequence[str] = (), gpus: int | None 
         },
         "ratios": ratios(method, flops),
         **batches,
+        **({} if plan is None else {"cluster": plan.as_json()}),
     }
+    return found, plan
 
 
 def stand_in_tokenizer(recipe: str, settings: Sequence[str], dvae: str | None = None) -> tuple[str | None, list[str]]:
@@ -128,16 +144,11 @@ def ratios(method: Method, flops: Flops) -> dict[str, float]:
     }
 
 
-def schedule(config: Config, gpus: int | None) -> dict[str, Any]:
+def schedule(config: Config, cluster: Cluster | None) -> dict[str, Any]:
     """Return batch size, learning rate, and the number of steps for as many images as ImageNet-1K has."""
     train, batch = config.train, config.train.batch_size
-    if gpus is not None and gpus < 1:
-        raise ConfigError(f"got {gpus} GPUs; expected at least 1")
-    if gpus is not None and batch % gpus:
-        near = max(n for n in range(1, batch + 1) if batch % n == 0 and n <= gpus)
-        raise ConfigError(
-            f"got {gpus} GPUs, which do not divide the global batch of {batch}; use {near}, or change train.batch_size"
-        )
+    if cluster is not None:
+        require_divisible(config, cluster.size)
     epochs = train.epochs if train.epochs is not None else DEFAULT_EPOCHS
     steps = train.steps if train.steps is not None else math.ceil(epochs * IMAGENET / batch)
     found = {
@@ -150,11 +161,11 @@ def schedule(config: Config, gpus: int | None) -> dict[str, Any]:
         "imagenet_epochs": steps * batch / IMAGENET,
         "warmup_steps": round(config.optim.warmup * steps),
     }
-    return found if gpus is None else found | {"gpus": gpus, "images_per_gpu": batch // gpus}
+    return found if cluster is None else found | {"gpus": cluster.size, "images_per_gpu": batch // cluster.size}
 
 
-def print_costs(found: dict[str, Any], console: Console) -> None:
-    """Print the costs as text."""
+def print_costs(found: dict[str, Any], console: Console, plan: ClusterPlan | None = None) -> None:
+    """Print the costs, and the plan for a cluster, as text."""
     parameters, flops, share = found["parameters"], found["flops"], found["ratios"]
     channels, height, width = found["image"]
     console.print(f"{found['recipe']}: {found['method']} on images of {height} x {width} pixels, {channels} channels")
@@ -197,15 +208,16 @@ def print_costs(found: dict[str, Any], console: Console) -> None:
             f"encoder alone: {share['encoder']:.2f} x"
         )
         console.print(f"  cost per token in the decoder: {share['decoder_per_token']:.1%} of that in the encoder")
-    gpus = f"; on {found['gpus']} GPUs {found['images_per_gpu']} images each per step" if "gpus" in found else ""
     console.print(
         f"batch {found['batch_size']}, peak learning rate {found['peak_lr']:.3g} (base {found['base_lr']:.3g} x batch "
-        f"/ 256){gpus}"
+        "/ 256)"
     )
     console.print(
         f"for ImageNet-1K's {IMAGENET:,} images: {found['imagenet_steps']:,} steps = {found['imagenet_epochs']:.4g} "
         f"epochs, {found['warmup_steps']:,} of them warm-up, {_training(found)} FLOPs in all"
     )
+    if plan is not None:
+        print_cluster_plan(plan, found["imagenet_steps"], console)
 
 
 def _training(found: dict[str, Any]) -> str:

@@ -7,6 +7,9 @@ fine-tuning. Parameter names are timm's.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -19,6 +22,9 @@ from unmask.nn.recompute import recomputed
 
 LAYER_NORM_EPS = 1e-6
 LONGEST_PLAIN = 256  # tokens; the scores of longer sequences would take too much memory
+
+
+plain_attention_on_cpu = True  # changed by `fused_attention` only
 
 
 def layer_norm(width: int) -> nn.LayerNorm:
@@ -39,7 +45,7 @@ def attend(
     few tokens that masking leaves (`benchmarks/attention.py`), so on CPUs the products are computed explicitly if the
     (N, N) scores are small enough to store.
     """
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[2] <= LONGEST_PLAIN:
+    if plain_attention_on_cpu and q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[2] <= LONGEST_PLAIN:
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
         if bias is not None:
             scores = scores + bias.to(q.dtype)
@@ -49,6 +55,17 @@ def attend(
         return scores.softmax(-1) @ v
     mask = None if bias is None else bias.to(q.dtype)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+
+
+@contextmanager
+def fused_attention() -> Iterator[None]:
+    """Context manager in which `attend` uses the fused kernel on CPUs too, to measure the memory of a step on a GPU."""
+    global plain_attention_on_cpu
+    before, plain_attention_on_cpu = plain_attention_on_cpu, False
+    try:
+        yield
+    finally:
+        plain_attention_on_cpu = before
 
 
 class Attention(nn.Module):

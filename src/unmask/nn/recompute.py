@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from unmask.nn.torch_internals import in_transform
+from unmask.nn.torch_internals import in_transform, memory_address
 
 
 def recomputed(function: Callable[[Tensor], Tensor], x: Tensor, made: Tensor) -> AbstractContextManager[object]:
@@ -22,10 +22,10 @@ def recomputed(function: Callable[[Tensor], Tensor], x: Tensor, made: Tensor) ->
     """
     if torch.compiler.is_compiling() or not torch.is_grad_enabled() or in_transform(x):
         return nullcontext()
-    x, address = x.detach(), made.data_ptr()
+    x, address = x.detach(), memory_address(made)
 
     def pack(kept: Tensor) -> Tensor | tuple[Tensor, torch.Size]:
-        return (x, kept.shape) if kept.data_ptr() == address and kept.numel() == x.numel() else kept
+        return (x, kept.shape) if memory_address(kept) == address and kept.numel() == x.numel() else kept
 
     def unpack(packed: Tensor | tuple[Tensor, torch.Size]) -> Tensor:
         return packed if isinstance(packed, Tensor) else function(packed[0]).view(packed[1])

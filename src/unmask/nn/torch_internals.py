@@ -41,3 +41,11 @@ def in_transform(x: Tensor) -> bool:
 def has_no_values(x: Tensor) -> bool:
     """Return whether a tensor has a shape but no values, such as those that torch.export traces with."""
     return x.is_meta or (FakeTensor is not None and isinstance(x, FakeTensor))
+
+
+def memory_address(x: Tensor) -> int:
+    """Return a number that is the same for two existing tensors if they begin at the same place in memory.
+
+    Tensors without values have no memory; for them the number identifies the storage.
+    """
+    return x.untyped_storage()._cdata if has_no_values(x) else x.data_ptr()

@@ -1,0 +1,340 @@
+"""Plan a training on several GPUs: engine, micro-batch, memory and traffic of each GPU, and the expected speed.
+
+`unmask plan RECIPE --nodes N --gpus N` prints the plan. It needs no GPU.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from unmask.batch import ImageSpec
+from unmask.config import Config, ConfigError
+from unmask.console import Console, duration
+from unmask.engine.choose_parallel import Engine, choose_parallel, size
+from unmask.engine.fake_ranks import sharded_bytes
+from unmask.engine.flops import Flops, build_unallocated
+from unmask.engine.parallel_costs import Model, RankMemory, Traffic, pass_sizes, rank_memory, traffic
+
+GPU_MEMORY = 80.0  # GiB of an A100 or H100, the default of `unmask plan`
+USABLE_SHARE = 0.9  # of the memory; the rest is for the driver, communication buffers and fragmentation
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """The GPUs to plan for. gpus: number in each node. memory: GiB of each GPU. images_per_second, tflops: measured
+    training speed of one GPU, in images or in 10^12 FLOPs per second (None: unknown).
+    """
+
+    nodes: int = 1
+    gpus: int = 1
+    memory: float = GPU_MEMORY
+    images_per_second: float | None = None
+    tflops: float | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in (("nodes", self.nodes), ("GPUs", self.gpus)):
+            if value < 1:
+                raise ConfigError(f"got {value} {name}; expected at least 1")
+        if self.images_per_second is not None and self.tflops is not None:
+            raise ConfigError("got both --images-per-second and --tflops; leave one of them out")
+        for flag, value in (
+            ("--memory", self.memory),
+            ("--images-per-second", self.images_per_second),
+            ("--tflops", self.tflops),
+        ):
+            if value is not None and value <= 0:
+                raise ConfigError(f"got {flag} {value:g}; expected a number above 0")
+
+    @property
+    def size(self) -> int:
+        return self.nodes * self.gpus
+
+
+@dataclass(frozen=True)
+class Throughput:
+    """Expected speed of all GPUs if none waits for communication or data.
+
+    step: seconds of an optimiser step. network: bytes per second that a node must send meanwhile.
+    """
+
+    images_per_second: float
+    step_seconds: float
+    network: float
+
+
+@dataclass(frozen=True)
+class ClusterPlan:
+    """The plan of a training on a cluster; sizes are bytes of one GPU.
+
+    usable: share of the memory that training may use. images: images per micro-batch and GPU. activations: bytes of
+    these images. peak: memory plus activations. moments: numbers that the optimiser keeps per trainable parameter.
+    exact: result of `verify`, or None if it was not asked for.
+    """
+
+    cluster: Cluster
+    precision: str
+    engine: Engine
+    reason: str
+    usable: int
+    images: int
+    accumulation: int
+    bytes_per_image: int
+    largest_images: int
+    memory: RankMemory
+    activations: int
+    traffic: Traffic
+    throughput: Throughput | None
+    exact: bool | None
+
+    @property
+    def peak(self) -> int:
+        return self.memory.total + self.activations
+
+    @property
+    def fits(self) -> bool:
+        return self.peak <= self.usable
+
+    def as_json(self) -> dict[str, Any]:
+        """Return all numbers as the object that --json prints; sizes in bytes."""
+        speed = self.throughput
+        return {
+            "nodes": self.cluster.nodes,
+            "gpus_per_node": self.cluster.gpus,
+            "gpu_memory": round(self.cluster.memory * 2**30),
+            "usable": self.usable,
+            "precision": self.precision,
+            "engine": self.engine,
+            "reason": self.reason,
+            "images_per_micro_batch": self.images,
+            "largest_micro_batch": self.largest_images,
+            "accumulation": self.accumulation,
+            "bytes_per_image": self.bytes_per_image,
+            "memory": {**asdict(self.memory), "activations": self.activations, "peak": self.peak},
+            "fits": self.fits,
+            "traffic": {**asdict(self.traffic), "total": self.traffic.total},
+            "throughput": None
+            if speed is None
+            else {
+                "images_per_second": speed.images_per_second,
+                "step_seconds": speed.step_seconds,
+                "network_bytes_per_second": speed.network,
+            },
+            "verified": self.exact,
+        }
+
+
+def plan_cluster(
+    config: Config, images: ImageSpec, flops: Flops, cluster: Cluster, *, verify: bool = False
+) -> ClusterPlan:
+    """Return the plan of a training on a cluster. Raises ConfigError if the batch cannot be divided.
+
+    verify: whether to compare the sizes with those that torch allocates in a simulated group of processes.
+    """
+    unit = unit_of_batch(config, cluster.size)
+    require_divisible(config, cluster.size)
+    precision = "fp32" if config.train.precision == "fp32" else "bf16"  # what "auto" becomes on a GPU
+    sizes = pass_sizes(config, images, precision)
+    model = Model.of(build_unallocated(config, images), sizes.cast)
+    moments, average = 2 if config.optim.name == "adamw" else 1, config.optim.average is not None
+    usable = int(USABLE_SHARE * cluster.memory * 2**30)
+    if config.train.parallel == "auto":
+        engine, reason = choose_parallel(
+            parameters=model.parameters,
+            trainable=model.trainable,
+            bytes_per_image=sizes.per_image,
+            memory=usable - sum(shard.cast for shard in model.all),
+            ranks=cluster.size,
+            ranks_per_node=cluster.gpus,
+            images=config.train.batch_size // cluster.size,
+            moments=moments,
+            average=average,
+            largest_block=model.largest_block,
+        )
+    else:
+        engine, reason = config.train.parallel, f"{config.train.parallel}: the setting train.parallel"
+
+    def memory(accumulation: int) -> RankMemory:
+        return rank_memory(
+            model,
+            engine,
+            nodes=cluster.nodes,
+            gpus=cluster.gpus,
+            precision=precision,
+            moments=moments,
+            average=average,
+            accumulation=accumulation,
+        )
+
+    def largest(accumulation: int) -> int:
+        return max(0, (usable - memory(accumulation).total) // sizes.per_image)
+
+    most = largest(1)
+    micro = choose_micro_batch(config, cluster.size, unit, most)
+    if micro < config.train.batch_size:
+        micro = choose_micro_batch(config, cluster.size, unit, largest(2))
+    accumulation = config.train.batch_size // micro
+    sent = traffic(
+        model, engine, nodes=cluster.nodes, gpus=cluster.gpus, precision=precision, accumulation=accumulation
+    )
+    return ClusterPlan(
+        cluster=cluster,
+        precision=precision,
+        engine=engine,
+        reason=reason,
+        usable=usable,
+        images=micro // cluster.size,
+        accumulation=accumulation,
+        bytes_per_image=sizes.per_image,
+        largest_images=most,
+        memory=memory(accumulation),
+        activations=micro // cluster.size * sizes.per_image,
+        traffic=sent,
+        throughput=expected_speed(config, flops, cluster, sent),
+        exact=agrees_with_torch(config, images, memory(1), engine, cluster) if verify else None,
+    )
+
+
+def unit_of_batch(config: Config, processes: int) -> int:
+    """Return the number of which batch and micro-batch must be multiples, so that every process gets the same share.
+
+    Mixup and cutmix mix pairs of images, and both images of a pair must be in the same process.
+    """
+    mixes = any(getattr(config.method, name, 0) for name in ("mixup", "cutmix"))
+    return processes * config.data.repeats * (2 if mixes and processes > 1 else 1)
+
+
+def require_divisible(config: Config, processes: int) -> None:
+    """Raise ConfigError unless the batch can be divided evenly among `processes`."""
+    batch, unit = config.train.batch_size, unit_of_batch(config, processes)
+    if processes > 1 and batch % unit:
+        below, above = batch // unit * unit, -(-batch // unit) * unit
+        near = f"{below} or {above}" if below else f"{above}"
+        raise ConfigError(
+            f"got train.batch_size={batch} for {processes} processes; expected a multiple of {unit}; use "
+            f"--set train.batch_size={near}, or another number of processes"
+        )
+
+
+def choose_micro_batch(config: Config, processes: int, unit: int, most: int) -> int:
+    """Return the micro-batch of all GPUs together: the setting, or the largest with at most `most` images per GPU."""
+    batch, wanted = config.train.batch_size, config.train.micro_batch
+    if wanted is not None:
+        if batch % wanted or wanted % unit:
+            raise ConfigError(
+                f"got train.micro_batch={wanted} for {processes} GPUs; expected a multiple of {unit} that divides "
+                f"train.batch_size={batch}; leave it out to use the largest that fits"
+            )
+        return wanted
+    return max((d for d in range(unit, batch + 1, unit) if batch % d == 0 and d <= most * processes), default=unit)
+
+
+def expected_speed(config: Config, flops: Flops, cluster: Cluster, sent: Traffic) -> Throughput | None:
+    """Return the expected speed from the given rate of one GPU, or None without a rate."""
+    rate = cluster.images_per_second
+    if cluster.tflops is not None:
+        recomputed = flops.forward if config.train.recompute else 0
+        rate = cluster.tflops * 1e12 / (flops.training + recomputed)
+    if rate is None:
+        return None
+    seconds = config.train.batch_size / (rate * cluster.size)
+    return Throughput(rate * cluster.size, seconds, sent.between_nodes / seconds)
+
+
+def agrees_with_torch(config: Config, images: ImageSpec, memory: RankMemory, engine: Engine, cluster: Cluster) -> bool:
+    """Return whether torch allocates exactly the parameters, gradients and moments of `memory`."""
+    found = sharded_bytes(build_unallocated(config, images), engine, cluster.nodes, cluster.gpus)
+    moments = 2 * memory.gradients  # `sharded_bytes` uses AdamW
+    expected = {"parameters": memory.parameters, "gradients": memory.gradients, "moments": moments}
+    return found == expected
+
+
+def print_cluster_plan(plan: ClusterPlan, steps: int, console: Console) -> None:
+    """Print the plan as text. steps: number of optimiser steps of the schedule."""
+    cluster, memory = plan.cluster, plan.memory
+    console.print(
+        f"{_count(cluster.nodes, 'node')} x {_count(cluster.gpus, 'GPU')} with {cluster.memory:g} GiB each, "
+        f"{plan.usable / 2**30:.1f} GiB of which training may use, in {plan.precision}:"
+    )
+    console.print(f"  engine {plan.reason}")
+    batch = plan.images * plan.accumulation
+    console.print(
+        f"  batch of each GPU: {_count(batch, 'image')} in {_count(plan.accumulation, 'micro-batch', 'micro-batches')} "
+        f"of {plan.images}; at most {plan.largest_images} would fit at once"
+    )
+    console.print("  memory of each GPU:")
+    rows = [
+        ("parameters (float32)", memory.parameters, ""),
+        ("gradients", memory.gradients, ""),
+        ("moments of the optimiser", memory.moments, ""),
+        ("moving average of the weights", memory.average, ""),
+        ("weights cast to bfloat16", memory.cast, ""),
+        ("blocks gathered for a while", memory.gathered, "estimated"),
+        ("gradients while accumulating", memory.accumulated, "estimated"),
+        ("activations", plan.activations, f"{size(plan.bytes_per_image)} per image"),
+        ("peak", plan.peak, f"{plan.peak / plan.usable:.0%} of the usable memory"),
+    ]
+    for name, number, note in rows:
+        if number:
+            console.print(f"    {name:31s}{size(number):>10s}" + (f"  {note}" if note else ""))
+    if not plan.fits:
+        console.print(f"  this does not fit; use {' or '.join(ways_to_fit(plan))}")
+    if plan.exact is not None:
+        console.print(
+            f"  parameters, gradients and moments {'are' if plan.exact else 'ARE NOT'} equal to those of torch in a "
+            f"simulated group of {cluster.size:,} processes"
+        )
+    _print_traffic(plan, console)
+    _print_speed(plan, steps, console)
+
+
+def ways_to_fit(plan: ClusterPlan) -> list[str]:
+    """Return changes that reduce the memory, the easiest first."""
+    cluster = plan.cluster
+    without = plan.largest_images * cluster.size
+    return [
+        *([f"train.batch_size={without}, which needs no accumulation"] if plan.memory.accumulated and without else []),
+        *(["train.parallel=auto"] if plan.engine == "ddp" and cluster.size > 1 else []),
+        "train.recompute=true, more GPUs, smaller images",
+    ]
+
+
+def _print_traffic(plan: ClusterPlan, console: Console) -> None:
+    sent = plan.traffic
+    if not sent.total:
+        return
+    parts = [
+        f"{name} {size(number)}"
+        for name, number in (
+            ("all-gather", sent.all_gather),
+            ("reduce-scatter", sent.reduce_scatter),
+            ("all-reduce", sent.all_reduce),
+        )
+        if number
+    ]
+    across = f"; each node sends {size(sent.between_nodes)} to other nodes" if plan.cluster.nodes > 1 else ""
+    console.print(f"  traffic: each GPU sends {size(sent.total)} per step ({', '.join(parts)}){across}")
+
+
+def _print_speed(plan: ClusterPlan, steps: int, console: Console) -> None:
+    speed, cluster = plan.throughput, plan.cluster
+    if speed is None:
+        console.print(
+            "  images/s: unknown; give the speed of one GPU: --images-per-second (measured) or --tflops (assumed)"
+        )
+        return
+    given = (
+        f"{cluster.images_per_second:g} images/s" if cluster.tflops is None else f"{cluster.tflops:g} TFLOP/s"
+    ) + " per GPU"
+    console.print(
+        f"  speed from the given {given}, if no GPU waits: {speed.images_per_second:,.0f} images/s, "
+        f"{speed.step_seconds:.3g} s per step, {duration(steps * speed.step_seconds)} for {steps:,} steps"
+    )
+    if speed.network:
+        console.print(
+            f"  to keep up, each node must send {speed.network * 8 / 1e9:.1f} Gbit/s to others during the whole step"
+        )
+
+
+def _count(number: int, word: str, words: str | None = None) -> str:
+    return f"{number} {word if number == 1 else words or word + 's'}"

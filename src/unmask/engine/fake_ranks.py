@@ -1,0 +1,148 @@
+"""Simulate passes without memory, and one rank of a large group of processes, with private parts of torch.
+
+Nothing is computed or sent. `unmask plan` uses this to measure activations, and to compare the arithmetic of
+`parallel_costs.py` with what torch's `fully_shard` does. `tests/engine/test_parallel_costs.py` fails if torch moves one
+of these parts.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from unmask.engine.choose_parallel import FLOAT32, Engine, num_shards
+from unmask.engine.compile import BLOCKS
+from unmask.errors import UserError
+
+try:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+except ImportError:  # another version of torch
+    FakeTensorMode = None
+
+
+def fake_tensors() -> AbstractContextManager[object]:
+    """Return a context manager in which tensors have a shape, a dtype and a device, but no memory.
+
+    Raises NotImplementedError if this version of torch has no such tensors.
+    """
+    if FakeTensorMode is None:
+        raise NotImplementedError("this version of torch has no FakeTensorMode")
+    return FakeTensorMode()
+
+
+def move_to_fake_cpu(module: nn.Module) -> None:
+    """Replace the parameters and buffers of a module on the meta device by fake tensors on the CPU.
+
+    Must be called inside `fake_tensors()`.
+    """
+    made: dict[int, tuple[Tensor, Tensor]] = {}
+    for part in module.modules():
+        for tensors in (part._parameters, part._buffers):
+            for name, value in tensors.items():
+                if value is None:
+                    continue
+                if id(value) not in made:
+                    new = torch.empty(value.shape, dtype=value.dtype, device="cpu")
+                    if isinstance(value, nn.Parameter):
+                        new = nn.Parameter(new, requires_grad=value.requires_grad)
+                    made[id(value)] = (new, value)
+                tensors[name] = made[id(value)][0]  # type: ignore[assignment]
+
+
+@contextmanager
+def fake_group(ranks: int) -> Iterator[None]:
+    """Context manager in which this process is rank 0 of a group of `ranks` processes that do not exist.
+
+    Raises UserError if this version of torch cannot simulate a group, or if the process belongs to a group already.
+    """
+    try:
+        from torch.testing._internal.distributed.fake_pg import FakeStore
+    except ImportError:
+        raise UserError(f"torch {torch.__version__} cannot simulate a group of processes; leave out --verify") from None
+    if dist.is_initialized():
+        raise UserError("this process belongs to a group of processes already; run unmask plan on its own")
+    dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def fake_mesh(engine: Engine, nodes: int, gpus: int) -> Any:
+    """Return the mesh of an engine in a fake group: one dimension for fsdp, replicas x shards for hsdp."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    ranks = nodes * gpus
+    if engine == "fsdp":
+        return init_device_mesh("cpu", (ranks,), mesh_dim_names=("shard",))
+    shards = num_shards(engine, ranks, gpus)
+    return init_device_mesh("cpu", (ranks // shards, shards), mesh_dim_names=("replicate", "shard"))
+
+
+def shard_blocks(method: nn.Module, mesh: Any) -> None:
+    """Shard each transformer block, and the rest of the method as one group."""
+    from torch.distributed.fsdp import fully_shard
+
+    for block in [part for part in method.modules() if isinstance(part, BLOCKS)]:
+        fully_shard(block, mesh=mesh)
+    fully_shard(method, mesh=mesh)
+
+
+def sharded_bytes(method: nn.Module, engine: Engine, nodes: int, gpus: int) -> dict[str, int]:
+    """Return the bytes of parameters, gradients and AdamW's moments of rank 0 as torch's `fully_shard` divides them.
+
+    method: on the meta device; it cannot be used afterwards. Blocks with parameters of the same shapes are sharded once
+    and counted several times, because torch creates one tensor per parameter and shard.
+    """
+    number = Counter(_shapes(block) for block in _blocks(method))
+    _drop_repeated_blocks(method)
+    copies = {name: number[_shapes(block)] for name, block in method.named_modules() if isinstance(block, BLOCKS)}
+    found = {"parameters": 0, "gradients": 0, "moments": 0}
+    with fake_group(nodes * gpus):
+        if engine != "ddp":
+            shard_blocks(method, fake_mesh(engine, nodes, gpus))
+        trained = [value for value in method.parameters() if value.requires_grad]
+        optimizer = torch.optim.AdamW(trained, foreach=False)  # foreach would create temporary copies of everything
+        for value in trained:
+            value.grad = torch.zeros_like(value)
+        optimizer.step()
+        for name, value in method.named_parameters():
+            times = next((n for block, n in copies.items() if name.startswith(f"{block}.")), 1)
+            found["parameters"] += times * _local_bytes(value)
+            if value.grad is not None:
+                found["gradients"] += times * _local_bytes(value.grad)
+                moments = (optimizer.state[value][key] for key in ("exp_avg", "exp_avg_sq"))
+                found["moments"] += times * sum(_local_bytes(moment) for moment in moments)
+    return found
+
+
+def _blocks(method: nn.Module) -> list[nn.Module]:
+    return [part for part in method.modules() if isinstance(part, BLOCKS)]
+
+
+def _shapes(block: nn.Module) -> tuple[tuple[torch.Size, bool], ...]:
+    return tuple((value.shape, value.requires_grad) for value in block.parameters())
+
+
+def _drop_repeated_blocks(method: nn.Module) -> None:
+    """Replace each block by an empty module if an earlier block has parameters of the same shapes."""
+    seen: set[object] = set()
+    for parent in list(method.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, BLOCKS):
+                if _shapes(child) in seen:
+                    setattr(parent, name, nn.Identity())
+                seen.add(_shapes(child))
+
+
+def _local_bytes(value: Tensor) -> int:
+    """Return the bytes of this rank's part of a tensor or DTensor."""
+    local = value.to_local() if hasattr(value, "to_local") else value  # type: ignore[operator]
+    assert local.element_size() == FLOAT32, "master weights are float32"
+    return local.numel() * FLOAT32

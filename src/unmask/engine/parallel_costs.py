@@ -1,0 +1,241 @@
+"""The memory and the traffic of one rank under DDP, FSDP2 and HSDP, by arithmetic on the shapes of the parameters.
+
+torch's `fully_shard` divides each parameter along its first dimension into parts of equal size, the last ones padded or
+empty. It gathers the parameters of a transformer block while the block is computed, and all other parameters, the
+"root", from the forward pass to the end of the backward pass. Master weights, gradients, moments and all reductions
+are float32; in bf16, blocks are gathered in bfloat16.
+
+Persistent sizes are exact (`fake_ranks.py` compares them with torch). Temporary sizes assume that one block is computed
+while the next is gathered. Traffic is that of ring algorithms, in bytes that one rank sends per optimiser step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import nn
+
+from unmask.batch import ImageSpec
+from unmask.config import Config
+from unmask.engine.build import build_method
+from unmask.engine.choose_parallel import FLOAT32, GATHERED_BLOCKS, Engine, num_shards
+from unmask.engine.compile import BLOCKS
+from unmask.engine.device import autocast
+from unmask.engine.fake_ranks import fake_tensors, move_to_fake_cpu
+from unmask.engine.flops import build_unallocated
+from unmask.engine.measure import bytes_per_image, example_batch
+from unmask.engine.operation_sizes import CastSizes
+from unmask.method import Clock, Method
+from unmask.nn.blocks import fused_attention
+from unmask.rng import Draws
+
+BFLOAT16 = 2  # bytes
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One parameter. shape, trainable; cast: bytes of the bfloat16 copy that autocast makes of it."""
+
+    shape: tuple[int, ...]
+    trainable: bool
+    cast: int = 0
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    def part(self, shards: int) -> int:
+        """Return how many numbers the first of `shards` ranks holds, which is the most that any rank holds."""
+        first, *rest = self.shape or (1,)
+        return -(-first // shards) * math.prod(rest)
+
+
+@dataclass(frozen=True)
+class Model:
+    """The parameters of a method as `fully_shard` groups them. blocks: those of each block. root: all others."""
+
+    blocks: tuple[tuple[Shard, ...], ...]
+    root: tuple[Shard, ...]
+
+    @classmethod
+    def of(cls, method: nn.Module, cast: Mapping[str, int] | None = None) -> Model:
+        """Return the groups of a method. cast: bytes of the bfloat16 copies by name; see `cast_bytes`."""
+        names = {id(value): name for name, value in method.named_parameters()}
+
+        def group(values: list[nn.Parameter]) -> tuple[Shard, ...]:
+            return tuple(
+                Shard(tuple(value.shape), value.requires_grad, (cast or {}).get(names[id(value)], 0))
+                for value in values
+            )
+
+        blocks = [list(part.parameters()) for part in method.modules() if isinstance(part, BLOCKS)]
+        inside = {id(value) for block in blocks for value in block}
+        root = [value for value in method.parameters() if id(value) not in inside]
+        return cls(tuple(group(block) for block in blocks), group(root))
+
+    @cached_property
+    def all(self) -> tuple[Shard, ...]:
+        return (*self.root, *(shard for block in self.blocks for shard in block))
+
+    @property
+    def parameters(self) -> int:
+        return sum(shard.numel for shard in self.all)
+
+    @property
+    def trainable(self) -> int:
+        return sum(shard.numel for shard in self.all if shard.trainable)
+
+    @property
+    def largest_block(self) -> int:
+        return max((sum(shard.numel for shard in block) for block in self.blocks), default=0)
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """Bytes of one rank without activations.
+
+    parameters, gradients, moments, average: float32 tensors that exist throughout, average: moving average of the
+    weights. cast: bfloat16 copies of weights during a pass. gathered: parameters that are whole for a while under fsdp
+    and hsdp, with their gradients. accumulated: gradients of all blocks, which are not divided until the last
+    micro-batch of a step.
+    """
+
+    parameters: int
+    gradients: int
+    moments: int
+    average: int
+    cast: int
+    gathered: int
+    accumulated: int
+
+    @property
+    def total(self) -> int:
+        return sum(vars(self).values())
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes that one rank sends per optimiser step, by operation. between_nodes: bytes that a node sends to others."""
+
+    all_gather: int
+    reduce_scatter: int
+    all_reduce: int
+    between_nodes: int
+
+    @property
+    def total(self) -> int:
+        return self.all_gather + self.reduce_scatter + self.all_reduce
+
+
+def rank_memory(
+    model: Model,
+    engine: Engine,
+    *,
+    nodes: int,
+    gpus: int,
+    precision: str,
+    moments: int = 2,
+    average: bool = False,
+    accumulation: int = 1,
+) -> RankMemory:
+    """Return the memory of rank 0, which holds the most. moments: numbers per trainable parameter (AdamW: 2)."""
+    shards = num_shards(engine, nodes * gpus, gpus)
+    held = FLOAT32 * sum(shard.part(shards) for shard in model.all)
+    trained = FLOAT32 * sum(shard.part(shards) for shard in model.all if shard.trainable)
+    cast = model.all if engine == "ddp" else model.root
+    gathered = accumulated = 0
+    if engine != "ddp":
+        number = BFLOAT16 if precision == "bf16" else FLOAT32
+
+        def whole(group: tuple[Shard, ...], *, trainable: bool = False) -> int:
+            return sum(shards * shard.part(shards) for shard in group if shard.trainable or not trainable)
+
+        # The root: whole parameters and gradients, and the copy of the gradients that is divided among the ranks.
+        gathered = FLOAT32 * (whole(model.root) + 2 * whole(model.root, trainable=True))
+        # Blocks: whole parameters, gradients of one block, and their float32 copy.
+        gathered += max(
+            (
+                GATHERED_BLOCKS * number * whole(block) + (number + FLOAT32) * whole(block, trainable=True)
+                for block in model.blocks
+            ),
+            default=0,
+        )
+        if accumulation > 1:
+            accumulated = FLOAT32 * sum(shard.numel for block in model.blocks for shard in block if shard.trainable)
+    return RankMemory(
+        parameters=held,
+        gradients=trained,
+        moments=moments * trained,
+        average=trained if average else 0,
+        cast=sum(shard.cast for shard in cast),
+        gathered=gathered,
+        accumulated=accumulated,
+    )
+
+
+def traffic(model: Model, engine: Engine, *, nodes: int, gpus: int, precision: str, accumulation: int = 1) -> Traffic:
+    """Return the traffic of one optimiser step of `accumulation` micro-batches.
+
+    Gradients are reduced once per step. Parameters are gathered in each micro-batch: those of blocks for the forward
+    and for the backward pass, the others once. In a ring over all ranks, one rank per node sends to another node.
+    """
+    ranks = nodes * gpus
+    shards = num_shards(engine, ranks, gpus)
+    if engine == "ddp":
+        sent = 2 * (ranks - 1) * FLOAT32 * model.trainable // ranks
+        return Traffic(0, 0, sent, sent if nodes > 1 else 0)
+    number = BFLOAT16 if precision == "bf16" else FLOAT32
+    gather = FLOAT32 * sum(shard.part(shards) for shard in model.root)
+    for block in model.blocks:
+        passes = 2 if any(shard.trainable for shard in block) else 1
+        gather += passes * number * sum(shard.part(shards) for shard in block)
+    gather *= accumulation * (shards - 1)
+    gradients = FLOAT32 * sum(shard.part(shards) for shard in model.all if shard.trainable)
+    scatter = (shards - 1) * gradients
+    replicas = ranks // shards
+    reduce = 2 * (replicas - 1) * gradients // replicas
+    between = 0
+    if nodes > 1:
+        between = gather + scatter if engine == "fsdp" else gpus * reduce
+    return Traffic(gather, scatter, reduce, between)
+
+
+@dataclass(frozen=True)
+class PassSizes:
+    """What a training step of a method keeps. per_image: bytes per image. cast: see `cast_bytes`."""
+
+    per_image: int
+    cast: dict[str, int]
+
+
+def pass_sizes(config: Config, images: ImageSpec, precision: str) -> PassSizes:
+    """Return the sizes of a step on a GPU, measured on tensors without memory.
+
+    If the loss depends on the values of tensors, which such tensors do not have, the step runs on the CPU instead.
+    """
+    try:
+        method = build_unallocated(config, images)
+        with fake_tensors(), fused_attention():
+            move_to_fake_cpu(method)
+            return _pass_sizes(config, method, images, precision)
+    except (RuntimeError, NotImplementedError):
+        with fused_attention():
+            return _pass_sizes(config, build_method(config, images), images, precision)
+
+
+def _pass_sizes(config: Config, method: Method, images: ImageSpec, precision: str) -> PassSizes:
+    each = bytes_per_image(method, images, precision, "cpu", recompute=config.train.recompute)
+    return PassSizes(each, cast_bytes(method, images) if precision == "bf16" else {})
+
+
+def cast_bytes(method: Method, images: ImageSpec) -> dict[str, int]:
+    """Return the bytes of the bfloat16 copies of trainable parameters that autocast makes and keeps, by name."""
+    trained = [(name, value) for name, value in method.named_parameters() if value.requires_grad]
+    batch = example_batch(images, 2, str(method.device))
+    with autocast("bf16", str(method.device)), CastSizes(trained) as made, torch.enable_grad():
+        method(batch, Clock(0, 1, Draws(0, batch.epoch, batch.index)))
+    return dict(made.bytes)

@@ -1,0 +1,198 @@
+"""Memory and traffic of one rank agree with what torch's `fully_shard` allocates and computes."""
+
+import re
+import time
+from contextlib import ExitStack
+
+import pytest
+import torch
+
+from unmask.config import override
+from unmask.engine import fake_ranks
+from unmask.engine.build import build_method
+from unmask.engine.compile import BLOCKS
+from unmask.engine.device import autocast
+from unmask.engine.fake_ranks import fake_group, fake_mesh, fake_tensors, move_to_fake_cpu, shard_blocks, sharded_bytes
+from unmask.engine.flops import build_unallocated, typical_images
+from unmask.engine.measure import bytes_per_image, example_batch
+from unmask.engine.parallel_costs import Model, Shard, cast_bytes, pass_sizes, rank_memory, traffic
+from unmask.engine.recipe_costs import stand_in_tokenizer
+from unmask.errors import UserError
+from unmask.method import Clock
+from unmask.nn.blocks import fused_attention
+from unmask.optim import make_optimizer
+from unmask.recipes.catalogue import find
+from unmask.rng import Draws
+
+MAE = ["data.size=[48,64]", "method.encoder.depth=2", "method.decoder.depth=1"]
+RECIPES = [("mae_nano", []), ("mae_base", MAE), ("igpt_nano", []), ("beit_nano", []), ("crossmae_nano", [])]
+
+
+def resolved(recipe, settings=()):
+    _, stand_in = stand_in_tokenizer(recipe, settings)
+    return override(find(recipe), [*stand_in, *settings])
+
+
+def unallocated(recipe, settings=()):
+    config = resolved(recipe, settings)
+    return build_unallocated(config, typical_images(config))
+
+
+def persistent(memory):
+    return {"parameters": memory.parameters, "gradients": memory.gradients, "moments": memory.moments}
+
+
+def costs(model, engine, nodes, gpus, **more):
+    return rank_memory(model, engine, nodes=nodes, gpus=gpus, **{"precision": "bf16", **more})
+
+
+@pytest.mark.parametrize(("recipe", "settings"), RECIPES)
+@pytest.mark.parametrize(
+    ("engine", "nodes", "gpus"), [("ddp", 2, 2), ("fsdp", 1, 7), ("fsdp", 3, 5), ("hsdp", 3, 5), ("hsdp", 1, 4)]
+)
+def test_sizes_are_those_of_torch(recipe, settings, engine, nodes, gpus):
+    expected = costs(Model.of(unallocated(recipe, settings)), engine, nodes, gpus)
+    assert sharded_bytes(unallocated(recipe, settings), engine, nodes, gpus) == persistent(expected)
+
+
+def test_a_wrong_number_of_gpus_is_noticed():
+    """Negative control: the comparison above depends on how the parameters are divided."""
+    found = sharded_bytes(unallocated("mae_nano"), "fsdp", 1, 7)
+    assert found != persistent(costs(Model.of(unallocated("mae_nano")), "fsdp", 1, 6))
+
+
+@pytest.mark.parametrize(("engine", "nodes", "gpus"), [("fsdp", 512, 8), ("hsdp", 512, 8)])
+@pytest.mark.parametrize("recipe", ["mae_huge", "beit_large"])
+def test_sizes_on_4096_gpus_are_those_of_torch(recipe, engine, nodes, gpus, capsys):
+    start = time.perf_counter()
+    expected = costs(Model.of(unallocated(recipe)), engine, nodes, gpus)
+    assert sharded_bytes(unallocated(recipe), engine, nodes, gpus) == persistent(expected)
+    seconds = time.perf_counter() - start
+    with capsys.disabled():
+        print(f"\n{recipe}, {engine} on {nodes * gpus} GPUs: {seconds:.1f} s ", end="")
+    assert seconds < 100
+
+
+@pytest.mark.parametrize("recipe", ["mae_nano", "igpt_nano", "beit_nano"])
+@pytest.mark.parametrize(("engine", "nodes", "gpus"), [("fsdp", 1, 3), ("hsdp", 2, 3)])
+def test_a_simulated_step_leaves_gradients_and_moments_of_these_sizes(recipe, engine, nodes, gpus):
+    config = resolved(recipe)
+    images = typical_images(config)
+    method = build_unallocated(config, images)
+    expected = costs(Model.of(method), engine, nodes, gpus)
+    with fake_group(nodes * gpus), ExitStack() as stack:
+        mesh = fake_mesh(engine, nodes, gpus)
+        stack.enter_context(fake_tensors())
+        move_to_fake_cpu(method)
+        shard_blocks(method, mesh)
+        optimizer = make_optimizer(method, config.optim)
+        batch = example_batch(images, 2, "cpu")
+        with autocast("bf16", "cpu"):
+            loss = method(batch, Clock(0, 1, Draws(0, batch.epoch, batch.index))).value
+        loss.backward()
+        optimizer.step()
+        gradients = [p.grad for p in method.parameters() if p.grad is not None]
+        moments = [s[key] for s in optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")]
+        found = {
+            "parameters": sum(p.to_local().nbytes for p in method.parameters()),
+            "gradients": sum(g.to_local().nbytes for g in gradients),
+            "moments": sum(m.to_local().nbytes for m in moments),
+        }
+    assert found == persistent(expected)
+
+
+@pytest.mark.parametrize("recipe", ["mae_nano", "beit_nano", "igpt_nano", "dvae_nano", "ae_nano"])
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_activations_without_memory_are_those_of_a_real_pass(recipe, precision):
+    config = resolved(recipe)
+    images = typical_images(config)
+    found = pass_sizes(config, images, precision)
+    with fused_attention():
+        method = build_method(config, images)
+        assert found.per_image == bytes_per_image(method, images, precision, "cpu")
+        assert found.cast == (cast_bytes(method, images) if precision == "bf16" else {})
+
+
+def test_a_loss_that_depends_on_values_is_measured_on_real_tensors(monkeypatch):
+    config = resolved("mae_nano")
+    images = typical_images(config)
+    expected = pass_sizes(config, images, "bf16")
+    monkeypatch.setattr(fake_ranks, "FakeTensorMode", None)
+    assert pass_sizes(config, images, "bf16") == expected
+
+
+@pytest.mark.parametrize("recipe", ["mae_nano", "simmim_nano", "crossmae_nano"])
+def test_recomputing_blocks_keep_their_inputs_and_one_block(recipe):
+    config = resolved(recipe)
+    images = typical_images(config)
+    method = config.build(images)
+    plain = bytes_per_image(method, images, "fp32", "cpu")
+    few = bytes_per_image(method, images, "fp32", "cpu", recompute=True)
+    assert few < 0.75 * plain
+    assert not any(part._forward_hooks or part._forward_pre_hooks for part in method.modules())
+    inputs = sum(isinstance(part, BLOCKS) for part in method.encoder.modules()) * method.encoder.width * 4
+    assert few > inputs, "each block keeps at least one token"
+
+
+def test_weights_cast_to_bfloat16_are_the_matrices():
+    method = resolved("mae_nano").build(typical_images(find("mae_nano")))
+    cast = cast_bytes(method, typical_images(find("mae_nano")))
+    shapes = dict(method.named_parameters())
+    assert all(size == 2 * shapes[name].numel() for name, size in cast.items())
+    assert "encoder.blocks.0.mlp.fc2.weight" in cast
+    assert not [name for name in cast if "norm" in name]
+
+
+SMALL = Model(
+    blocks=(((Shard((10, 4), True)), Shard((3,), True)),) * 2, root=(Shard((1, 6), False), Shard((5, 2), True))
+)
+
+
+def test_memory_of_a_small_model_by_hand():
+    ddp = costs(SMALL, "ddp", 1, 4)
+    assert (ddp.parameters, ddp.gradients, ddp.moments) == (4 * 102, 4 * 96, 8 * 96)
+    assert ddp.gathered == ddp.accumulated == ddp.cast == ddp.average == 0
+    fsdp = costs(SMALL, "fsdp", 1, 4, average=True)
+    # Rank 0 holds 3 of 10 rows, 1 of 3 numbers, 1 of 1 row, 2 of 5 rows.
+    assert fsdp.parameters == 4 * (2 * (3 * 4 + 1) + 6 + 2 * 2)
+    assert fsdp.gradients == fsdp.average == 4 * (2 * (3 * 4 + 1) + 2 * 2)
+    root, trained, block = 4 * 4 * (6 + 4), 4 * 4 * 4, 4 * 13
+    assert fsdp.gathered == root + 2 * trained + block * (2 * 2 + 2 + 4)
+    assert fsdp.total == sum(vars(fsdp).values())
+    assert costs(SMALL, "fsdp", 1, 4, accumulation=2).accumulated == 4 * 86
+    assert costs(SMALL, "fsdp", 1, 4, moments=1).moments == fsdp.gradients
+
+
+def test_traffic_of_a_small_model_by_hand():
+    def sent(engine, nodes, gpus, **more):
+        return traffic(SMALL, engine, nodes=nodes, gpus=gpus, precision="bf16", **more)
+
+    ddp = sent("ddp", 1, 4)
+    assert (ddp.all_reduce, ddp.total, ddp.between_nodes) == (2 * 3 * 4 * 96 // 4, 2 * 3 * 4 * 96 // 4, 0)
+    assert sent("ddp", 2, 2).between_nodes == ddp.all_reduce
+    assert sent("ddp", 1, 4, accumulation=3) == ddp, "gradients are averaged once per step"
+    assert sent("ddp", 1, 1).total == 0
+    fsdp = sent("fsdp", 1, 4)
+    assert fsdp.all_gather == 3 * (4 * 10 + 2 * 2 * 2 * 13)
+    assert fsdp.reduce_scatter == 3 * 4 * (2 * 13 + 4)
+    more = sent("fsdp", 1, 4, accumulation=5)
+    assert (more.all_gather, more.reduce_scatter) == (5 * fsdp.all_gather, fsdp.reduce_scatter)
+    assert sent("fsdp", 2, 2).between_nodes == fsdp.total
+    hsdp = sent("hsdp", 3, 4)
+    assert (hsdp.all_gather, hsdp.reduce_scatter) == (fsdp.all_gather, fsdp.reduce_scatter)
+    assert hsdp.all_reduce == 2 * 2 * 4 * 30 // 3
+    assert hsdp.between_nodes == 4 * hsdp.all_reduce
+
+
+def test_process_group_is_left_and_missing_parts_are_explained(monkeypatch):
+    with fake_group(8):
+        assert torch.distributed.get_world_size() == 8
+        with pytest.raises(UserError, match="belongs to a group of processes already"), fake_group(2):
+            pass
+    assert not torch.distributed.is_initialized()
+    monkeypatch.setitem(__import__("sys").modules, "torch.testing._internal.distributed.fake_pg", None)
+    with (
+        pytest.raises(UserError, match=re.escape("cannot simulate a group of processes; leave out --verify")),
+        fake_group(2),
+    ):
+        pass
