@@ -6,17 +6,20 @@ from contextlib import ExitStack
 
 import pytest
 import torch
+from torch import nn
 
 from unmask.config import override
 from unmask.engine import fake_ranks
 from unmask.engine.build import build_method
 from unmask.engine.compile import BLOCKS
 from unmask.engine.device import autocast
-from unmask.engine.fake_ranks import fake_group, fake_mesh, fake_tensors, move_to_fake_cpu, shard_blocks, sharded_bytes
+from unmask.engine.fake_ranks import fake_group, fake_tensors, move_to_fake_cpu, sharded_bytes
 from unmask.engine.flops import build_unallocated, typical_images
 from unmask.engine.measure import bytes_per_image, example_batch
 from unmask.engine.parallel_costs import Model, Shard, cast_bytes, pass_sizes, rank_memory, traffic
 from unmask.engine.recipe_costs import stand_in_tokenizer
+from unmask.engine.sharding import mesh_of, shard
+from unmask.engine.world import World
 from unmask.errors import UserError
 from unmask.method import Clock
 from unmask.nn.blocks import fused_attention
@@ -61,9 +64,9 @@ def test_a_wrong_number_of_gpus_is_noticed():
     assert found != persistent(costs(Model.of(unallocated("mae_nano")), "fsdp", 1, 6))
 
 
-@pytest.mark.parametrize(("engine", "nodes", "gpus"), [("fsdp", 512, 8), ("hsdp", 512, 8)])
-@pytest.mark.parametrize("recipe", ["mae_huge", "beit_large"])
-def test_sizes_on_4096_gpus_are_those_of_torch(recipe, engine, nodes, gpus, capsys):
+@pytest.mark.parametrize(("recipe", "engine"), [("mae_huge", "fsdp"), ("mae_huge", "hsdp"), ("beit_large", "hsdp")])
+def test_sizes_on_4096_gpus_are_those_of_torch(recipe, engine, capsys):
+    nodes, gpus = 512, 8
     start = time.perf_counter()
     expected = costs(Model.of(unallocated(recipe)), engine, nodes, gpus)
     assert sharded_bytes(unallocated(recipe), engine, nodes, gpus) == persistent(expected)
@@ -71,6 +74,17 @@ def test_sizes_on_4096_gpus_are_those_of_torch(recipe, engine, nodes, gpus, caps
     with capsys.disabled():
         print(f"\n{recipe}, {engine} on {nodes * gpus} GPUs: {seconds:.1f} s ", end="")
     assert seconds < 100
+
+
+class LossValue(nn.Module):
+    """Return the loss as a tensor, because `fully_shard` does not find tensors in a `Loss`."""
+
+    def __init__(self, method):
+        super().__init__()
+        self.method = method
+
+    def forward(self, batch, clock):
+        return self.method(batch, clock).value
 
 
 @pytest.mark.parametrize("recipe", ["mae_nano", "igpt_nano", "beit_nano"])
@@ -81,14 +95,15 @@ def test_a_simulated_step_leaves_gradients_and_moments_of_these_sizes(recipe, en
     method = build_unallocated(config, images)
     expected = costs(Model.of(method), engine, nodes, gpus)
     with fake_group(nodes * gpus), ExitStack() as stack:
-        mesh = fake_mesh(engine, nodes, gpus)
+        mesh = mesh_of(engine, World(size=nodes * gpus, local_size=gpus), "cpu")
         stack.enter_context(fake_tensors())
         move_to_fake_cpu(method)
-        shard_blocks(method, mesh)
+        module = LossValue(method)
+        shard(module, mesh, "bf16")
         optimizer = make_optimizer(method, config.optim)
         batch = example_batch(images, 2, "cpu")
         with autocast("bf16", "cpu"):
-            loss = method(batch, Clock(0, 1, Draws(0, batch.epoch, batch.index))).value
+            loss = module(batch, Clock(0, 1, Draws(0, batch.epoch, batch.index)))
         loss.backward()
         optimizer.step()
         gradients = [p.grad for p in method.parameters() if p.grad is not None]

@@ -14,6 +14,7 @@ from unmask.console import Console, duration
 from unmask.engine.choose_parallel import Engine, choose_parallel, size
 from unmask.engine.fake_ranks import sharded_bytes
 from unmask.engine.flops import Flops, build_unallocated
+from unmask.engine.make_plan import require_divisible, unit_of_batch
 from unmask.engine.parallel_costs import Model, RankMemory, Traffic, pass_sizes, rank_memory, traffic
 
 GPU_MEMORY = 80.0  # GiB of an A100 or H100, the default of `unmask plan`
@@ -170,9 +171,9 @@ def plan_cluster(
         return max(0, (usable - memory(accumulation).total) // sizes.per_image)
 
     most = largest(1)
-    micro = choose_micro_batch(config, cluster.size, unit, most)
+    micro = micro_batch_of_all(config, cluster.size, unit, most)
     if micro < config.train.batch_size:
-        micro = choose_micro_batch(config, cluster.size, unit, largest(2))
+        micro = micro_batch_of_all(config, cluster.size, unit, largest(2))
     accumulation = config.train.batch_size // micro
     sent = traffic(
         model, engine, nodes=cluster.nodes, gpus=cluster.gpus, precision=precision, accumulation=accumulation
@@ -195,28 +196,7 @@ def plan_cluster(
     )
 
 
-def unit_of_batch(config: Config, processes: int) -> int:
-    """Return the number of which batch and micro-batch must be multiples, so that every process gets the same share.
-
-    Mixup and cutmix mix pairs of images, and both images of a pair must be in the same process.
-    """
-    mixes = any(getattr(config.method, name, 0) for name in ("mixup", "cutmix"))
-    return processes * config.data.repeats * (2 if mixes and processes > 1 else 1)
-
-
-def require_divisible(config: Config, processes: int) -> None:
-    """Raise ConfigError unless the batch can be divided evenly among `processes`."""
-    batch, unit = config.train.batch_size, unit_of_batch(config, processes)
-    if processes > 1 and batch % unit:
-        below, above = batch // unit * unit, -(-batch // unit) * unit
-        near = f"{below} or {above}" if below else f"{above}"
-        raise ConfigError(
-            f"got train.batch_size={batch} for {processes} processes; expected a multiple of {unit}; use "
-            f"--set train.batch_size={near}, or another number of processes"
-        )
-
-
-def choose_micro_batch(config: Config, processes: int, unit: int, most: int) -> int:
+def micro_batch_of_all(config: Config, processes: int, unit: int, most: int) -> int:
     """Return the micro-batch of all GPUs together: the setting, or the largest with at most `most` images per GPU."""
     batch, wanted = config.train.batch_size, config.train.micro_batch
     if wanted is not None:

@@ -1,8 +1,8 @@
 """Simulate passes without memory, and one rank of a large group of processes, with private parts of torch.
 
 Nothing is computed or sent. `unmask plan` uses this to measure activations, and to compare the arithmetic of
-`parallel_costs.py` with what torch's `fully_shard` does. `tests/engine/test_parallel_costs.py` fails if torch moves one
-of these parts.
+`parallel_costs.py` with what `sharding.py` does with torch's `fully_shard`. `tests/engine/test_parallel_costs.py` fails
+if torch moves one of these parts.
 """
 
 from __future__ import annotations
@@ -10,14 +10,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from unmask.engine.choose_parallel import FLOAT32, Engine, num_shards
+from unmask.engine.choose_parallel import FLOAT32, Engine
 from unmask.engine.compile import BLOCKS
+from unmask.engine.sharding import mesh_of, shard
+from unmask.engine.world import World
 from unmask.errors import UserError
 
 try:
@@ -74,26 +75,6 @@ def fake_group(ranks: int) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def fake_mesh(engine: Engine, nodes: int, gpus: int) -> Any:
-    """Return the mesh of an engine in a fake group: one dimension for fsdp, replicas x shards for hsdp."""
-    from torch.distributed.device_mesh import init_device_mesh
-
-    ranks = nodes * gpus
-    if engine == "fsdp":
-        return init_device_mesh("cpu", (ranks,), mesh_dim_names=("shard",))
-    shards = num_shards(engine, ranks, gpus)
-    return init_device_mesh("cpu", (ranks // shards, shards), mesh_dim_names=("replicate", "shard"))
-
-
-def shard_blocks(method: nn.Module, mesh: Any) -> None:
-    """Shard each transformer block, and the rest of the method as one group."""
-    from torch.distributed.fsdp import fully_shard
-
-    for block in [part for part in method.modules() if isinstance(part, BLOCKS)]:
-        fully_shard(block, mesh=mesh)
-    fully_shard(method, mesh=mesh)
-
-
 def sharded_bytes(method: nn.Module, engine: Engine, nodes: int, gpus: int) -> dict[str, int]:
     """Return the bytes of parameters, gradients and AdamW's moments of rank 0 as torch's `fully_shard` divides them.
 
@@ -106,7 +87,7 @@ def sharded_bytes(method: nn.Module, engine: Engine, nodes: int, gpus: int) -> d
     found = {"parameters": 0, "gradients": 0, "moments": 0}
     with fake_group(nodes * gpus):
         if engine != "ddp":
-            shard_blocks(method, fake_mesh(engine, nodes, gpus))
+            shard(method, mesh_of(engine, World(size=nodes * gpus, local_size=gpus), "cpu"), "fp32")
         trained = [value for value in method.parameters() if value.requires_grad]
         optimizer = torch.optim.AdamW(trained, foreach=False)  # foreach would create temporary copies of everything
         for value in trained:

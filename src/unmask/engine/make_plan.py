@@ -317,7 +317,7 @@ def model_facts(config: Config, spec: ImageSpec, precision: str, device: str) ->
         parameters=sum(p.numel() for p in method.parameters()),
         trainable_parameters=sum(p.numel() for p in method.parameters() if p.requires_grad),
         encoder_parameters=sum(p.numel() for p in method.encoder.parameters()),
-        bytes_per_image=bytes_per_image(method, spec, precision, device),
+        bytes_per_image=bytes_per_image(method, spec, precision, device, recompute=config.train.recompute),
     )
 
 

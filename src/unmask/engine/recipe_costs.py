@@ -14,9 +14,9 @@ from typing import Any
 from unmask.config import Config, override
 from unmask.console import Console
 from unmask.engine import initial_weights
-from unmask.engine.cluster_plan import Cluster, ClusterPlan, plan_cluster, print_cluster_plan, require_divisible
+from unmask.engine.cluster_plan import Cluster, ClusterPlan, plan_cluster, print_cluster_plan
 from unmask.engine.flops import Flops, blocks_flops, build_unallocated, count_flops, typical_images
-from unmask.engine.make_plan import DEFAULT_EPOCHS
+from unmask.engine.make_plan import DEFAULT_EPOCHS, require_divisible
 from unmask.engine.resolve import draft_config
 from unmask.method import Method
 from unmask.methods.mae import MAE
@@ -208,9 +208,10 @@ def print_costs(found: dict[str, Any], console: Console, plan: ClusterPlan | Non
             f"encoder alone: {share['encoder']:.2f} x"
         )
         console.print(f"  cost per token in the decoder: {share['decoder_per_token']:.1%} of that in the encoder")
+    gpus = f"; on {found['gpus']} GPUs {found['images_per_gpu']} images each per step" if "gpus" in found else ""
     console.print(
         f"batch {found['batch_size']}, peak learning rate {found['peak_lr']:.3g} (base {found['base_lr']:.3g} x batch "
-        "/ 256)"
+        f"/ 256){gpus}"
     )
     console.print(
         f"for ImageNet-1K's {IMAGENET:,} images: {found['imagenet_steps']:,} steps = {found['imagenet_epochs']:.4g} "

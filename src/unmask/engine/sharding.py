@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from unmask.batch import Batch
+from unmask.engine.choose_parallel import num_shards
 from unmask.engine.compile import BLOCKS
 from unmask.engine.world import ALONE, World
 from unmask.method import Clock, Loss, Method
@@ -114,7 +115,7 @@ def mesh_of(kind: Parallel, world: World, device: str) -> Any:
 
     if kind == "fsdp":
         return init_device_mesh(device, (world.size,), mesh_dim_names=("shard",))
-    shards = world.local_size if 1 < world.local_size < world.size else world.size // 2
+    shards = num_shards("hsdp", world.size, world.local_size)
     return init_device_mesh(device, (world.size // shards, shards), mesh_dim_names=("replicate", "shard"))
 
 
