@@ -173,6 +173,8 @@ class TrainConfig(Settings):
     recompute: whether to recompute the activations of each transformer block in the backward pass instead of keeping
     them, which saves memory and costs about a third more computation.
     checkpoint_every, checkpoint_minutes: number of steps and minutes after which the next checkpoint is written.
+    checkpoint_format: "dense": one process writes all weights; "dcp": each process writes a file with the part of the
+    weights that it holds. "auto" is dcp with fsdp and hsdp, else dense. All commands read both.
     picture_images: images in each picture, at most 64.
     test_every: number of steps between tests of a supervised run (None: ten tests in all).
     """
@@ -190,6 +192,7 @@ class TrainConfig(Settings):
     log_every: int = Field(default=10, gt=0)
     checkpoint_every: int = Field(default=500, gt=0)
     checkpoint_minutes: float = Field(default=10, gt=0)
+    checkpoint_format: Literal["auto", "dense", "dcp"] = "auto"
     keep_checkpoints: int = Field(default=2, ge=2)
     picture_every: int | None = Field(default=None, gt=0)
     picture_images: int = Field(default=8, gt=0, le=64)

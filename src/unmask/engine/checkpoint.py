@@ -4,6 +4,7 @@ never used.
     checkpoints/.tmp-00001234-<id>/    written here, never read
     checkpoints/step-00001234/         created by renaming that folder
         model.safetensors  optim.safetensors  state.json  MANIFEST.json
+        dcp/shard-....safetensors in place of the first two, if several processes wrote the checkpoint
     checkpoints/step-00001234.old/     exists briefly while the same step is written again
     checkpoints/LATEST name of the newest checkpoint, for users; never read
     checkpoints/fixed-<digest>.safetensors   tensors that never change after step 0, stored once for all steps
@@ -13,7 +14,10 @@ folder and flushes its parent, writes LATEST, and then removes old checkpoints. 
 neither torch, nor safetensors, nor the file system detects a flipped bit. state.json and MANIFEST.json contain the id
 of the run and the digests of its config.json and plan.json, so that the checkpoint of another run is rejected even if
 its shapes match. Only safetensors files are loaded. A pickle in place of a safetensors file is rejected and never
-opened.
+opened. The two formats of the tensors are described in `engine/checkpoint_formats.py`.
+
+Where several processes write or read together, they agree on each outcome: either all of them have the checkpoint, or
+all raise the same error.
 """
 
 from __future__ import annotations
@@ -24,37 +28,45 @@ import json
 import os
 import re
 import shutil
+import socket
 import sys
 import uuid
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import safetensors.torch
 from torch import Tensor
 
 from unmask.console import escape_controls
+from unmask.engine.checkpoint_formats import (
+    MODEL,
+    OPTIM,
+    SHARD,
+    SHARDS,
+    CheckpointError,
+    Damaged,
+    Tensors,
+    entry,
+    on_cpu,
+    own_part,
+    write_shards,
+)
 from unmask.engine.fault_points import fault_points
+from unmask.engine.world import ALONE, World
 from unmask.errors import UserError
 from unmask.run import Identity, Run
 from unmask.system.atomic_files import replace_file, sync_folder
 
-MODEL, OPTIM, STATE, MANIFEST, LATEST = (
-    "model.safetensors",
-    "optim.safetensors",
-    "state.json",
-    "MANIFEST.json",
-    "LATEST",
-)
+STATE, MANIFEST, LATEST = "state.json", "MANIFEST.json", "LATEST"
 REPLACED = ".old"
 FIXED = "fixed-*.safetensors"
 STEP_FOLDER = re.compile(r"step-(\d{8,})$")
 
-
-class CheckpointError(UserError):
-    """Raised if there is no usable checkpoint, or if a checkpoint does not fit the method."""
+Format = Literal["dense", "dcp"]
 
 
 class CheckpointRefused(CheckpointError):
@@ -63,10 +75,6 @@ class CheckpointRefused(CheckpointError):
 
 class CheckpointFull(CheckpointError):
     """Raised if a checkpoint cannot be written; the older checkpoints are unchanged."""
-
-
-class Damaged(CheckpointError):
-    """Raised if a checkpoint does not match its manifest, or belongs to another run."""
 
 
 @dataclass(frozen=True)
@@ -88,60 +96,104 @@ def save(
     state: Mapping[str, Any],
     *,
     keep: int = 2,
+    world: World = ALONE,
+    kind: Format = "dense",
 ) -> Path:
     """Write checkpoint `step` and return its folder; remove all but the newest `keep` (at least 2) intact checkpoints.
 
-    Raises CheckpointRefused for weights that are not finite, CheckpointFull if the checkpoint cannot be written, and
-    RunGone if the run folder is missing. After such an error, older checkpoints are unchanged.
+    All processes of `world` must call this. With kind "dense" the writer writes its tensors, and the others need none;
+    with "dcp" each process writes the parts that it holds. In all processes alike, raises CheckpointRefused for weights
+    that are not finite, CheckpointFull if the checkpoint cannot be written, and RunGone if the run folder is missing.
+    After such an error, older checkpoints are unchanged.
     """
     assert keep >= 2, "keep at least two, because the newest may be damaged"
-    if poisoned := [name for name, value in model.items() if value.is_floating_point() and not value.isfinite().all()]:
+    _refuse_non_finite(step, model, world)
+    folder = world.from_writer(lambda: _begin(run, step))
+    files, failure = dict[str, Any](), None
+    try:
+        if kind == "dcp":
+            files = write_shards(folder / SHARDS, model, optim, world.group)
+        elif world.is_writer:
+            files[MODEL] = _write_tensors(folder / MODEL, model)
+            files[OPTIM] = _write_tensors(folder / OPTIM, optim)
+    except OSError as error:
+        failure = error
+    reports = world.gather((files, _why(failure), socket.gethostname()))
+    for rank, (_, why, host) in enumerate(reports):
+        if why is not None:
+            world.from_writer(lambda: shutil.rmtree(folder, ignore_errors=True))
+            raise _full(run, step, why, "" if world.alone else f" by rank {rank} on {host}") from failure
+    written = {name: made for files, _, _ in reports for name, made in files.items()}
+    return world.from_writer(lambda: _complete(run, step, folder, written, state, keep))
+
+
+def _refuse_non_finite(step: int, model: Mapping[str, Tensor], world: World) -> None:
+    parts = {name: own_part(value) for name, value in model.items()}
+    mine = [name for name, part in parts.items() if part.is_floating_point() and not part.isfinite().all()]
+    if poisoned := list(dict.fromkeys(name for names in world.gather(mine) for name in names)):
         raise CheckpointRefused(
             f"checkpoint of step {step} not written: {len(poisoned)} tensors contain non-finite numbers, first "
             f"{poisoned[0]}; the previous checkpoint is kept"
         )
+
+
+def _begin(run: Run, step: int) -> Path:
+    """Return a new folder for the files of a checkpoint."""
     run.require_present()
-    whose = asdict(run.identity())
-    final = run.checkpoints / f"step-{step:08d}"
-    partial = run.checkpoints / f".tmp-{step:08d}-{uuid.uuid4().hex[:8]}"
+    folder = run.checkpoints / f".tmp-{step:08d}-{uuid.uuid4().hex[:8]}"
     try:
         run.checkpoints.mkdir(exist_ok=True)
         _clear_leftovers(run)
-        partial.mkdir()
-        files = {
-            MODEL: safetensors.torch.save(_on_cpu(model)),
-            OPTIM: safetensors.torch.save(_on_cpu(optim)),
-            STATE: json.dumps({**state, "run": whose}).encode(),
-        }
-        manifest, fixed = {}, sorted(file.name for file in run.checkpoints.glob(FIXED))
-        for name, content in files.items():
-            _write(partial / name, content)
-            manifest[name] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-        _write(partial / MANIFEST, json.dumps({"step": step, "run": whose, "fixed": fixed, "files": manifest}).encode())
-        sync_folder(partial)
+        folder.mkdir()
+    except OSError as error:
+        raise _full(run, step, _why(error)) from error
+    return folder
+
+
+def _complete(run: Run, step: int, folder: Path, files: Mapping[str, Any], state: Mapping[str, Any], keep: int) -> Path:
+    """Write state.json and the manifest beside the tensors, and make the folder the checkpoint of `step`."""
+    final, whose = run.checkpoints / f"step-{step:08d}", asdict(run.identity())
+    try:
+        content = json.dumps({**state, "run": whose}).encode()
+        _write(folder / STATE, content)
+        entries = {**files, STATE: entry(content)}
+        fixed = sorted(file.name for file in run.checkpoints.glob(FIXED))
+        manifest = {"step": step, "run": whose, "fixed": fixed, "files": entries}
+        _write(folder / MANIFEST, json.dumps(manifest).encode())
+        if (folder / SHARDS).exists():
+            sync_folder(folder / SHARDS)
+        sync_folder(folder)
         if final.exists():  # a rollback saves the same step again; `_clear_leftovers` handles crashes
             os.rename(final, final.with_name(final.name + REPLACED))
-        os.rename(partial, final)
+        os.rename(folder, final)
         sync_folder(run.checkpoints)
     except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        why = (
-            "the disk is full"
-            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-            else str(error.strerror or error)
-        )
-        raise CheckpointFull(
-            f"checkpoint of step {step} could not be written to {run.checkpoints}: {why}; training continues, and "
-            "older checkpoints are unchanged"
-        ) from error
+        shutil.rmtree(folder, ignore_errors=True)
+        raise _full(run, step, _why(error)) from error
     with suppress(OSError):  # LATEST is optional
         replace_file(run.checkpoints / LATEST, final.name.encode() + b"\n")
     _prune(run, keep)
     return final
 
 
-def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+def _why(error: OSError | None) -> str | None:
+    if error is None:
+        return None
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return "the disk is full" if full else str(error.strerror or error)
+
+
+def _full(run: Run, step: int, why: str | None, by: str = "") -> CheckpointFull:
+    return CheckpointFull(
+        f"checkpoint of step {step} could not be written to {run.checkpoints}{by}: {why}; training continues, and "
+        "older checkpoints are unchanged"
+    )
+
+
+def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    content = safetensors.torch.save(on_cpu(tensors))
+    _write(path, content)
+    return entry(content)
 
 
 def _write(path: Path, content: bytes) -> None:
@@ -193,11 +245,8 @@ def steps_on_disk(run: Run) -> list[tuple[int, Path]]:
     return sorted(found, reverse=True)
 
 
-def verify(path: Path) -> dict[str, bytes]:
-    """Return the contents of a checkpoint's files, checked against its manifest. Raises Damaged.
-
-    A suffix of the folder's name, such as .corrupt, is ignored.
-    """
+def listed_files(path: Path) -> dict[str, tuple[int, str]]:
+    """Return {file: (size, SHA-256)} of a checkpoint, as its manifest states. Raises Damaged."""
     try:
         manifest = json.loads((path / MANIFEST).read_bytes())
         name, entries = f"step-{manifest['step']:08d}", dict(manifest["files"])
@@ -206,18 +255,38 @@ def verify(path: Path) -> dict[str, bytes]:
         raise Damaged(f"{path}: {MANIFEST} is missing") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise Damaged(f"{path}: {MANIFEST} cannot be read ({type(error).__name__})") from None
-    if path.name.partition(".")[0] != name or set(sizes) != {MODEL, OPTIM, STATE}:
+    tensors = set(sizes) - {STATE}
+    in_shards = bool(tensors) and all(SHARD.fullmatch(name) for name in tensors)
+    if path.name.partition(".")[0] != name or STATE not in sizes or not (in_shards or tensors == {MODEL, OPTIM}):
         raise Damaged(f"{path}: {MANIFEST} belongs to another checkpoint")
-    contents = {}
-    for name, (size, digest) in sizes.items():
-        try:
-            content = (path / name).read_bytes()
-        except OSError as error:
-            raise Damaged(f"{path}: {name} cannot be read ({error.strerror})") from None
-        if len(content) != size or hashlib.sha256(content).hexdigest() != digest:
-            raise Damaged(f"{path}: {name} {_what_changed(content, size)}")
-        contents[name] = content
-    return contents
+    unlisted = {f"{SHARDS}/{file.name}" for file in (path / SHARDS).glob("*.safetensors")} - tensors
+    if unlisted:
+        raise Damaged(f"{path}: {min(unlisted)} is not in {MANIFEST}")
+    return sizes
+
+
+def verify(path: Path, use: Callable[[str, bytes], object] = lambda name, content: None) -> dict[str, bytes]:
+    """Check a checkpoint's files against its manifest, and return the content of state.json. Raises Damaged.
+
+    use: called with the name and the content of each file, once it has been checked. One file is in memory at a time. A
+    suffix of the folder's name, such as .corrupt, is ignored.
+    """
+    for name, (size, digest) in listed_files(path).items():
+        content = _verified(path, name, size, digest)
+        if name == STATE:
+            state = content
+        use(name, content)
+    return {STATE: state}
+
+
+def _verified(path: Path, name: str, size: int, digest: str) -> bytes:
+    try:
+        content = (path / name).read_bytes()
+    except OSError as error:
+        raise Damaged(f"{path}: {name} cannot be read ({error.strerror})") from None
+    if len(content) != size or hashlib.sha256(content).hexdigest() != digest:
+        raise Damaged(f"{path}: {name} {_what_changed(content, size)}")
+    return content
 
 
 def require_own(run: Run, path: Path, contents: Mapping[str, bytes]) -> None:
@@ -249,20 +318,21 @@ def _what_changed(content: bytes, size: int) -> str:
     return "has changed since it was written (its SHA-256 differs)"
 
 
-def _read(run: Run, path: Path) -> Checkpoint:
-    contents = verify(path)
+def _read(run: Run, path: Path, *, with_optim: bool = True) -> Checkpoint:
+    tensors = Tensors(path, with_optim=with_optim)
+    contents = verify(path, tensors.add)
     require_own(run, path, contents)
-    fixed = load_fixed(path.parent)
-    try:
-        return Checkpoint(
-            step=int(path.name.removeprefix("step-")),
-            path=path,
-            model=safetensors.torch.load(contents[MODEL]) | fixed,
-            optim=safetensors.torch.load(contents[OPTIM]),
-            state={key: value for key, value in json.loads(contents[STATE]).items() if key != "run"},
-        )
-    except (safetensors.SafetensorError, ValueError) as error:
-        raise Damaged(f"{path}: {error}") from None
+    return Checkpoint(
+        step=step_of(path),
+        path=path,
+        model=tensors.model() | load_fixed(path.parent),
+        optim=tensors.optim(),
+        state=_state(contents),
+    )
+
+
+def _state(contents: Mapping[str, bytes]) -> dict[str, Any]:
+    return {key: value for key, value in json.loads(contents[STATE]).items() if key != "run"}
 
 
 def load_latest(run: Run, *, log: Callable[[str], object] = print) -> Checkpoint | None:
@@ -276,8 +346,7 @@ def load_latest(run: Run, *, log: Callable[[str], object] = print) -> Checkpoint
         try:
             return _read(run, path)
         except Damaged as fault:
-            aside = _set_aside(path)
-            log(f"a checkpoint cannot be used and was renamed to {aside.name}; trying the previous one: {fault}")
+            _report_and_set_aside(path, fault, log)
     damaged = sorted(path.name for path in run.checkpoints.glob("step-*.corrupt*"))
     if candidates or damaged:
         raise CheckpointError(
@@ -286,6 +355,63 @@ def load_latest(run: Run, *, log: Callable[[str], object] = print) -> Checkpoint
         )
     require_any(run)
     return None
+
+
+def latest_in_shards(run: Run, world: World, *, log: Callable[[str], object] = print) -> Path | None:
+    """Return the newest intact checkpoint if its format is dcp, or None if it is dense or there is none.
+
+    All processes must call this. They verify the files in turn (process r of n takes the files r, r + n, ...), so that
+    each file is read once, and all use the result. Damaged checkpoints are renamed and reported as in `load_latest`.
+    """
+    while (path := world.from_writer(lambda: _newest_in_shards(run))) is not None:
+        faults = [fault for fault in world.gather(_fault_in_part(path, world)) if fault is not None]
+        if world.from_writer(partial(_is_usable, run, path, faults, log)):
+            return path
+    return None
+
+
+def _newest_in_shards(run: Run) -> Path | None:
+    _clear_leftovers(run)
+    path = next((path for _, path in steps_on_disk(run)), None)
+    return path if path is not None and (path / SHARDS).is_dir() else None
+
+
+def _fault_in_part(path: Path, world: World) -> str | None:
+    """Return what is wrong with the files that this process has to verify, or None."""
+    try:
+        files = sorted(listed_files(path).items())
+        for name, (size, digest) in files[world.rank :: world.size]:
+            _verified(path, name, size, digest)
+    except Damaged as fault:
+        return str(fault)
+    return None
+
+
+def _is_usable(run: Run, path: Path, faults: list[str], log: Callable[[str], object]) -> bool:
+    """Return whether the checkpoint belongs to the run and has no faults; rename it if not."""
+    try:
+        if faults:
+            raise Damaged(faults[0])
+        require_own(run, path, {STATE: (path / STATE).read_bytes()})
+    except Damaged as fault:
+        _report_and_set_aside(path, fault, log)
+        return False
+    return True
+
+
+def step_of(path: Path) -> int:
+    """Return the step of a checkpoint, as the name of its folder states."""
+    return int(path.name.removeprefix("step-"))
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """Return the state of a checkpoint that has been verified."""
+    return _state({STATE: (path / STATE).read_bytes()})
+
+
+def _report_and_set_aside(path: Path, fault: Damaged, log: Callable[[str], object]) -> None:
+    aside = _set_aside(path)
+    log(f"a checkpoint cannot be used and was renamed to {aside.name}; trying the previous one: {fault}")
 
 
 def require_any(run: Run) -> None:
@@ -327,10 +453,8 @@ def load_model(
     faults = []
     for found, path in candidates:
         try:
-            contents = verify(path)
-            require_own(run, path, contents)
-            weights = safetensors.torch.load(contents[MODEL]) | load_fixed(path.parent)
-        except (Damaged, safetensors.SafetensorError) as fault:
+            weights = _read(run, path, with_optim=False).model
+        except Damaged as fault:
             faults.append(str(fault))
             continue
         if faults:
@@ -346,7 +470,7 @@ def save_fixed(run: Run, tensors: Mapping[str, Tensor]) -> None:
 
     Raises CheckpointFull.
     """
-    content = safetensors.torch.save(_on_cpu(tensors))
+    content = safetensors.torch.save(on_cpu(tensors))
     file = run.checkpoints / f"fixed-{hashlib.sha256(content).hexdigest()}.safetensors"
     try:
         replace_file(file, content)

@@ -82,7 +82,7 @@ def closing_seconds(pacer: Pacer) -> float:
 
     This time includes an evaluation, a picture, a checkpoint, the final result and the report.
     """
-    return 2 * pacer.cost("evaluation") + pacer.cost("picture") + pacer.cost("save") + REPORT_SECONDS
+    return 2 * pacer.cost("evaluation") + pacer.cost("picture") + pacer.cost("last save") + REPORT_SECONDS
 
 
 def affordable(job: Job, pacer: Pacer, kind: str, at: Position) -> bool:

@@ -32,6 +32,7 @@ from unmask.console import Bar, Console, duration
 from unmask.data.device_crops import to_device
 from unmask.engine import checkpoint
 from unmask.engine.build import build_method
+from unmask.engine.checkpoint_writer import CheckpointWriter
 from unmask.engine.compile import compile_blocks, why_not_compiled
 from unmask.engine.device import autocast
 from unmask.engine.evaluation import evaluate, evaluation_missing
@@ -60,6 +61,7 @@ from unmask.engine.training_state import (
     BAD_STEPS_IN_A_ROW,
     describe_saved,
     initialise,
+    open_writer,
     record_stop,
     restore,
     roll_back,
@@ -76,6 +78,7 @@ from unmask.system.stop_requests import StopRequest, StopRequested, stop_request
 
 MOST_FAILED_SAVES = 5
 MOST_UNREAD_STEPS = 32
+OTHERS_SECONDS = 10.0  # longest wait for a checkpoint after an error, because other processes may not finish theirs
 REPORTED_CHANGE = 1.2  # print the number of steps when it has changed by this factor
 
 Outcome = Literal["finished", "stopped"]
@@ -128,6 +131,7 @@ class Loop:
 
     job: Job
     position: Position
+    writer: CheckpointWriter
     evaluator: Evaluator | None
     pacer: Pacer
     samples: Samples
@@ -168,6 +172,7 @@ class Loop:
                 optimizer=make_optimizer(distributed.method, config.optim),
                 average=None if decay is None else MovingAverage(distributed.method, decay),
             )
+            writer = open_writer(job)
             position = restore(job) or initialise(job)
             pacer = open_pacer(job, stopwatch, inputs.evaluator)
             with report_failure(job, run.metrics_file):
@@ -182,7 +187,7 @@ class Loop:
         with report_failure(job, run.path / STATUS):
             run.set_status("running", position.step, total=plan.steps, seconds=stopwatch.seconds())
         stop.kept = describe_saved(run)
-        return cls(job, position, inputs.evaluator, pacer, samples, stop, guard, stopwatch)
+        return cls(job, position, writer, inputs.evaluator, pacer, samples, stop, guard, stopwatch)
 
     def run(self) -> None:
         """Train to the last step of the plan or a stop request, and save. Raises StopRequested, TrainingFailed."""
@@ -206,6 +211,9 @@ class Loop:
                     if now.log and not self.stopping:
                         self.adjust_steps(bar)
                     self.unread = []
+        except BaseException:
+            self.writer.wait(None if self.job.world.alone else OTHERS_SECONDS)
+            raise
         finally:
             self.stream.close()  # ends the loader's workers
 
@@ -265,7 +273,8 @@ class Loop:
     def roll_back(self, fault: Step) -> None:
         """Continue from the newest checkpoint; see `training_state.roll_back`. Raises TrainingFailed."""
         self.stream.close()
-        self.position = roll_back(self.job, fault, self.position, self.stopwatch)
+        self.finish_saving()
+        self.position = roll_back(self.job, fault, self.position, self.stopwatch, self.writer)
         self.stream = open_stream(self.job, self.position, self.guard)
         self.unread, self.pace = [], Pace(self.position.consumed)
         self.pacer.restart(self.position.step)
@@ -304,11 +313,24 @@ class Loop:
         return False
 
     def save(self) -> None:
-        """Write a checkpoint. Raises TrainingFailed if several checkpoints in a row could not be written."""
-        run = self.job.run
+        """Begin to write a checkpoint, and wait for it at the end of training or if the one before failed.
+
+        Raises TrainingFailed if several checkpoints in a row could not be written.
+        """
         with self.pacer.aside("save"):
-            reason = save(self.job, self.position, self.stopwatch)
-        self.failed_saves, self.last_save = self.failed_saves + 1 if reason else 0, time.monotonic()
+            self.finish_saving()
+            save(self.job, self.position, self.stopwatch, self.writer)
+            if self.stopping or self.position.step >= self.job.plan.steps or self.failed_saves:
+                self.finish_saving()
+        self.last_save = time.monotonic()
+
+    def finish_saving(self) -> None:
+        """Wait for the checkpoint that is being written, if any. Raises TrainingFailed as `save` does."""
+        if not self.writer.busy:
+            return
+        run, reason = self.job.run, self.writer.finish()
+        self.failed_saves = self.failed_saves + 1 if reason else 0
+        self.pacer.expect("last save", self.writer.seconds)
         self.stop.kept = describe_saved(run)
         if reason:
             self.job.console.warn(reason)
@@ -331,6 +353,7 @@ class Loop:
     def finish(self) -> Outcome:
         """Check that the last weights are saved, and record a stop in the status. Raises TrainingFailed, RunGone."""
         run, plan, at, console = self.job.run, self.job.plan, self.position, self.job.console
+        self.finish_saving()
         with report_failure(self.job, run.metrics_file):
             if skipped := sum("skipped" in row for row in run.metrics()):
                 console.warn(f"{skipped} steps with non-finite numbers were skipped; faults.jsonl lists their images")

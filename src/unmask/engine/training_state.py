@@ -5,18 +5,28 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from unmask.engine import checkpoint, copy_weights, optimizer_state
 from unmask.engine.build import build_method
-from unmask.engine.checkpoint import CheckpointFull, CheckpointRefused
+from unmask.engine.checkpoint_formats import (
+    IN_MODEL,
+    IN_OPTIM,
+    SHARDS,
+    CheckpointError,
+    describe_shards,
+    read_shards,
+)
+from unmask.engine.checkpoint_writer import CheckpointWriter, Snapshot
 from unmask.engine.job import Job, Position, Step, report_failure
 from unmask.engine.load import take_weights
 from unmask.engine.pacing import Stopwatch
 from unmask.engine.samples import evenly_spaced, fixed_images
-from unmask.engine.sharding import gathered, hand_out
+from unmask.engine.sharding import hand_out
 from unmask.engine.training_plan import Plan
 from unmask.errors import TrainingFailed, UserError
 from unmask.method import Method
@@ -62,8 +72,27 @@ def restore(job: Job) -> Position | None:
     """Load weights and optimiser state from the newest intact checkpoint; return its position, or None without a
     checkpoint.
 
-    Raises CheckpointError if all checkpoints are damaged, or if one does not fit the method.
+    Where each process holds a share of the weights, it reads its share from a checkpoint in shards. Otherwise the
+    writer reads the checkpoint, and hands the tensors out. Raises CheckpointError if all checkpoints are damaged, or if
+    one does not fit the method.
     """
+    shards = None
+    if job.distributed.sharded:
+        shards = checkpoint.latest_in_shards(job.run, job.world, log=job.console.warn)
+    found = read_whole(job) if shards is None else read_own_shards(job, shards)
+    if found is None:
+        return None
+    optim, state = found
+    moments = {entry: value for entry, value in optim.items() if not entry.endswith(AVERAGE)}
+    optimizer_state.tensors_to_optimizer(job.optimizer, parameter_names(job.method), moments, state["optimizer"])
+    if job.average is not None:
+        averages = {entry: value for entry, value in optim.items() if entry.endswith(AVERAGE)}
+        job.average.load({entry.removesuffix(AVERAGE): value for entry, value in averages.items()})
+    return Position(**state["position"])
+
+
+def read_whole(job: Job) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """Load the weights of the newest intact checkpoint, which the writer reads; return optimiser tensors and state."""
     world = job.world
     found = world.on_writer(lambda: read_latest(job))
     contents = world.from_writer(lambda: None if found is None else (describe(found.optim), found.state))
@@ -72,17 +101,39 @@ def restore(job: Job) -> Position | None:
     described, state = contents
     if world.alone and found is not None:
         job.method.load_state_dict(found.model)
-        optim = found.optim
-    else:
-        hand_out(job.method.state_dict(), None if found is None else found.model, world)
-        optim = room_for(described, job.method)
-        hand_out(optim, None if found is None else found.optim, world)
-    moments = {entry: value for entry, value in optim.items() if not entry.endswith(AVERAGE)}
-    optimizer_state.tensors_to_optimizer(job.optimizer, parameter_names(job.method), moments, state["optimizer"])
-    if job.average is not None:
-        averages = {entry: value for entry, value in optim.items() if entry.endswith(AVERAGE)}
-        job.average.load({entry.removesuffix(AVERAGE): value for entry, value in averages.items()})
-    return Position(**state["position"])
+        return found.optim, state
+    hand_out(job.method.state_dict(), None if found is None else found.model, world)
+    optim = room_for(described, job.method)
+    hand_out(optim, None if found is None else found.optim, world)
+    return optim, state
+
+
+def read_own_shards(job: Job, path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Load this process's share of the weights from a verified checkpoint; return optimiser tensors and state."""
+    world, weights = job.world, job.method.state_dict()
+    fixed = world.on_writer(lambda: checkpoint.load_fixed(job.run.checkpoints)) or {}
+    fixed_names = world.from_writer(lambda: list(fixed))
+    described = world.from_writer(lambda: describe_shards(path / SHARDS))
+    stored = {name.removeprefix(IN_MODEL): shape for name, (shape, _) in described.items() if name.startswith(IN_MODEL)}
+    shapes = {name: torch.empty(shape, device="meta") for name, shape in stored.items()}
+    shapes |= {name: weights[name].detach() for name in fixed_names if name in weights}
+    what = f"the checkpoint of step {checkpoint.step_of(path)} of {job.run.path}"
+    copy_weights.require_fit(job.method, shapes, what)
+    optim = room_for(
+        {name.removeprefix(IN_OPTIM): value for name, value in described.items() if name.startswith(IN_OPTIM)},
+        job.method,
+    )
+    targets = {IN_MODEL + name: weights[name].detach() for name in stored}
+    targets |= {IN_OPTIM + name: value for name, value in optim.items()}
+    failure = None
+    try:
+        read_shards(path / SHARDS, targets)
+    except CheckpointError as error:
+        failure = str(error)
+    if failures := [text for text in world.gather(failure) if text is not None]:
+        raise CheckpointError(failures[0])
+    hand_out({name: weights[name] for name in fixed_names}, fixed if world.is_writer else None, world)
+    return optim, world.from_writer(lambda: checkpoint.read_state(path))
 
 
 def read_latest(job: Job) -> checkpoint.Checkpoint | None:
@@ -115,32 +166,37 @@ def parameter_names(method: Method) -> dict[Tensor, str]:
     return {parameter: name for name, parameter in method.named_parameters()}
 
 
-def save(job: Job, at: Position, stopwatch: Stopwatch) -> str | None:
-    """Write a checkpoint and the status; return None, or why no checkpoint was written.
+def open_writer(job: Job) -> CheckpointWriter:
+    """Return the writer of the run's checkpoints; all processes must call this together."""
+    train, kind = job.config.train, job.config.train.checkpoint_format
+    if kind == "auto":
+        kind = "dcp" if job.distributed.sharded else "dense"
+    return CheckpointWriter(job.run, job.world.channel(), kind, train.keep_checkpoints)
 
-    Reasons are a full disk or non-finite weights.
-    """
-    run, method, train = job.run, job.method, job.config.train
+
+def save(job: Job, at: Position, stopwatch: Stopwatch, writer: CheckpointWriter) -> None:
+    """Take a snapshot of the state, and begin to write it and the status; the outcome is `writer.finish()`."""
+    run, method = job.run, job.method
     tensors, numbers = optimizer_state.optimizer_to_tensors(job.optimizer, parameter_names(method))
     if job.average is not None:
         tensors |= {name + AVERAGE: value for name, value in job.average.values.items()}
-    state = {"step": at.step, "position": asdict(at), "optimizer": numbers, "seed": train.seed}
+    state = {"step": at.step, "position": asdict(at), "optimizer": numbers, "seed": job.config.train.seed}
     weights = {name: value for name, value in method.state_dict().items() if not name.startswith(method.fixed)}
-    with report_failure(job, run.metrics_file):
-        run.sync_metrics()
-    world = job.world
-    if job.distributed.sharded:
-        weights, tensors = gathered(weights, world), gathered(tensors, world)
-    try:
-        world.on_writer(lambda: checkpoint.save(run, at.step, weights, tensors, state, keep=train.keep_checkpoints))
-    except (CheckpointFull, CheckpointRefused, RunGone) as error:
-        return str(error)
-    with report_failure(job, run.path / STATUS):
-        run.set_status("running", at.step, total=job.plan.steps, seconds=stopwatch.seconds())
-    return None
+    snapshot = Snapshot(at.step, writer.copied(weights), writer.copied(tensors), state)
+    total, seconds = job.plan.steps, stopwatch.seconds()
+
+    def sync_metrics() -> None:
+        with report_failure(job, run.metrics_file):
+            run.sync_metrics()
+
+    def set_status() -> None:
+        with report_failure(job, run.path / STATUS):
+            run.set_status("running", snapshot.step, total=total, seconds=seconds)
+
+    writer.start(snapshot, before=sync_metrics, after=set_status)
 
 
-def roll_back(job: Job, fault: Step, at: Position, stopwatch: Stopwatch) -> Position:
+def roll_back(job: Job, fault: Step, at: Position, stopwatch: Stopwatch, writer: CheckpointWriter) -> Position:
     """Return to the newest checkpoint after several bad steps in a row, and skip the data that led to them.
 
     Raises TrainingFailed if training has failed at the same step after `MOST_ROLLBACKS` rollbacks.
@@ -166,7 +222,8 @@ def roll_back(job: Job, fault: Step, at: Position, stopwatch: Stopwatch) -> Posi
     with report_failure(job, job.run.metrics_file):
         job.run.truncate_metrics(back.step)
     # Save immediately, so that the rollback is counted even if the process is killed now.
-    if reason := save(job, back, stopwatch):
+    save(job, back, stopwatch, writer)
+    if reason := writer.finish():
         job.console.warn(reason)
     job.console.warn(
         f"{BAD_STEPS_IN_A_ROW} non-finite steps in a row: going back from step {fault.number} to {back.step}, and "
