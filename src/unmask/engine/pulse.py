@@ -32,6 +32,7 @@ DEFAULT_SECONDS = 60.0
 BEAT = 1.0
 TICK = 0.2
 LEFT = "left"
+CLOSE_SECONDS = 2.0  # longest wait for a thread that waits for the store
 OWN_ERROR_SECONDS = 3.0  # seconds in which the main thread may fail by itself, after another process has failed
 
 
@@ -75,12 +76,15 @@ class Pulse:
         self._store = _connect(limit)
         self._closing = _connect(limit)  # for the main thread, because a client does one operation at a time
         self._closed = threading.Event()
+        self._threads: list[threading.Thread] = []
         self._contact = time.monotonic()
         self._store.set(f"{key}/who/{rank}", json.dumps({"host": self.host, "pid": self.pid}))
 
     def start(self) -> None:
         for name, run in (("pulse", self._beat), ("contact", self._watch_contact)):
-            threading.Thread(target=run, daemon=True, name=f"unmask {name}").start()
+            thread = threading.Thread(target=run, daemon=True, name=f"unmask {name}")
+            thread.start()
+            self._threads.append(thread)
 
     # Called by the main thread
 
@@ -110,7 +114,7 @@ class Pulse:
             self.rank, self.host, self.pid, f"failed: {_line(error)}", 2 if isinstance(error, UserError) else 1
         )
         found = self._recorded(self._closing)
-        self._closed.set()
+        self._close()
         if found is not None and found.cause != own.cause:
             self._end(found)
         with suppress(Exception):
@@ -126,9 +130,15 @@ class Pulse:
 
     def leave(self) -> None:
         """Record that this process has finished, so that the end of its pulse is no failure."""
-        self._closed.set()
+        self._close()
         with suppress(Exception):
             self._closing.set(f"{self.key}/pulse/{self.rank}", LEFT)
+
+    def _close(self) -> None:
+        """End the threads. Python aborts if a thread is inside the store's C++ code while the interpreter ends."""
+        self._closed.set()
+        for thread in self._threads:
+            thread.join(CLOSE_SECONDS)
 
     # In the threads
 
