@@ -12,6 +12,7 @@ process group of their own, because the thread and the training would otherwise 
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Mapping
 from contextvars import copy_context
 from dataclasses import dataclass
@@ -21,7 +22,6 @@ from torch import Tensor
 
 from unmask.engine import checkpoint
 from unmask.engine.checkpoint import CheckpointFull, CheckpointRefused, Format
-from unmask.engine.time_budget import now
 from unmask.engine.world import World
 from unmask.nn.whole import whole
 from unmask.run import Run, RunGone
@@ -106,7 +106,7 @@ class CheckpointWriter:
         return reason
 
     def _write(self, snapshot: Snapshot, before: Callable[[], object], after: Callable[[], object]) -> None:
-        began = now()
+        began = time.perf_counter()
         try:
             before()
             self._save(snapshot)
@@ -115,7 +115,7 @@ class CheckpointWriter:
             self._reason = str(error)
         except BaseException as error:  # a thread must not end without a report
             self._error = error
-        self.seconds = now() - began
+        self.seconds = time.perf_counter() - began
 
     def _save(self, at: Snapshot) -> None:
         checkpoint.save(
