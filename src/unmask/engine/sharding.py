@@ -32,14 +32,18 @@ from unmask.nn.whole import whole
 Parallel = Literal["none", "ddp", "fsdp", "hsdp"]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Distributed:
-    """A method that the processes of `world` compute together. module: what DDP or FSDP2 has wrapped, or None."""
+    """A method that the processes of `world` compute together.
+
+    module: what DDP or FSDP2 has wrapped, or None. recorded: whether DDP has recorded which parameters have gradients.
+    """
 
     method: Method
     world: World = ALONE
     kind: Parallel = "none"
     module: nn.Module | None = None
+    recorded: bool = False
 
     @property
     def sharded(self) -> bool:
@@ -56,11 +60,14 @@ class Distributed:
     def accumulating(self, *, last: bool) -> AbstractContextManager[object]:
         """Context manager around forward and backward of a micro-batch.
 
-        Gradients are averaged over the processes only in the last micro-batch of a step.
+        Gradients are averaged over the processes only in the last micro-batch of a step. In the first step DDP averages
+        in every micro-batch, while it records the graph; the result is the same.
         """
-        if self.kind == "ddp" and not last:
+        if self.kind == "ddp":
             assert isinstance(self.module, nn.parallel.DistributedDataParallel), "kind is ddp"
-            return self.module.no_sync()
+            if self.recorded and not last:
+                return self.module.no_sync()
+            self.recorded |= last
         if self.sharded:
             self.module.set_requires_gradient_sync(last)  # type: ignore[union-attr, operator]
         return nullcontext()
@@ -122,15 +129,16 @@ def mesh_of(kind: Parallel, world: World, device: str) -> Any:
 def shard(module: nn.Module, mesh: Any, precision: str) -> None:
     """Shard each transformer block, and the rest of the module as one group.
 
-    With bf16, the blocks gather their weights in bf16; the master weights and all reductions are float32. Activations
-    stay as in a single process, where autocast decides on their precision.
+    With bf16, the blocks gather their weights in bf16 on a GPU; the master weights and all reductions are float32.
+    Activations stay as in a single process, where autocast decides on their precision.
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     plain = MixedPrecisionPolicy(cast_forward_inputs=False)
     half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    halves = precision == "bf16" and mesh.device_type != "cpu"  # a CPU's layer norm needs float32 weights
     for block in [part for part in module.modules() if isinstance(part, BLOCKS)]:
-        fully_shard(block, mesh=mesh, mp_policy=half if precision == "bf16" else plain)
+        fully_shard(block, mesh=mesh, mp_policy=half if halves else plain)
     fully_shard(module, mesh=mesh, mp_policy=plain)
 
 
