@@ -113,7 +113,9 @@ class Pulse:
         own = Failure(
             self.rank, self.host, self.pid, f"failed: {_line(error)}", 2 if isinstance(error, UserError) else 1
         )
-        found = self._recorded(self._closing)
+        found = None
+        with suppress(RuntimeError):
+            found = self._recorded(self._closing)
         self._close()
         if found is not None and found.cause != own.cause:
             self._end(found)
@@ -125,7 +127,12 @@ class Pulse:
         if not _is_lost_connection(error):
             return
         _ignore_stop_requests()
-        if (found := self._culprit()) is not None:
+        try:
+            found = self._culprit()
+        except RuntimeError:  # the store is gone; only the launcher, or rank 0, holds it
+            self._end_without_contact()
+            return
+        if found is not None:
             self._end(found)
 
     def leave(self) -> None:
@@ -175,9 +182,12 @@ class Pulse:
             if self._contact != seen:
                 seen, patience = self._contact, Patience(self.limit + 5 * BEAT)
             elif patience.tick():
-                where = os.environ.get("MASTER_ADDR", "rank 0")
-                cause = f"has lost contact to {where} for {self.limit:g} s: the network or that host has failed"
-                self._end(Failure(self.rank, self.host, self.pid, cause), claim=False)
+                self._end_without_contact()
+
+    def _end_without_contact(self) -> None:
+        where = os.environ.get("MASTER_ADDR", "rank 0")
+        cause = f"has lost contact to rank 0 and its launcher on {where}: they have ended, or the network has failed"
+        self._end(Failure(self.rank, self.host, self.pid, cause), claim=False)
 
     def _pulse_of(self, rank: int) -> str:
         key = f"{self.key}/pulse/{rank}"
