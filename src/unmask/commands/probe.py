@@ -52,7 +52,7 @@ def result_json(result: "ProbeResult | CurveResult") -> dict[str, Any]:
 RENAMED = {"--masks": "--mask-votes", "--draws": "--label-draws", "--task": "--target-type"}
 
 
-@command(ProbeRequest, panel=Panel.MEASURE, together=True, renamed=RENAMED, to_json=result_json)
+@command(ProbeRequest, panel=Panel.MEASURE, renamed=RENAMED, to_json=result_json)
 def probe(request: ProbeRequest, console: Console) -> "ProbeResult | CurveResult":
     """Return the result, which is also written to RUN/evals."""
     from unmask.report.run_page import write_report
