@@ -19,6 +19,7 @@ import json
 import math
 import os
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -75,6 +76,7 @@ def write_shards(
     tensors = {IN_MODEL + name: value for name, value in model.items()}
     tensors |= {IN_OPTIM + name: value for name, value in optim.items()}
     writer = _shard_writer(folder)
+    _ignore_single_process_warning()
     try:
         dcp.save(tensors, storage_writer=writer, process_group=group, no_dist=group is None)
     except CheckpointException as error:  # not an Exception; `writer` keeps errors of the disk for itself
@@ -82,6 +84,11 @@ def write_shards(
     if writer.failure is not None:
         raise writer.failure
     return {f"{SHARDS}/{name}": made for name, made in writer.fs.written.items()}
+
+
+def _ignore_single_process_warning() -> None:
+    """Without a process group, DCP warns that it works in a single process, which is intended here."""
+    warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
 
 
 def _shard_writer(folder: Path) -> Any:
@@ -221,6 +228,7 @@ def read_shards(folder: Path, targets: Mapping[str, Tensor]) -> None:
     from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
+    _ignore_single_process_warning()
     try:
         dcp.load(dict(targets), storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
     except CheckpointException as error:  # not an Exception
