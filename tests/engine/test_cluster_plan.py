@@ -1,14 +1,18 @@
 """`unmask plan RECIPE --nodes N --gpus N`: engine, micro-batch, memory, traffic and speed on many GPUs."""
 
+import dataclasses
 import json
 
 import pytest
 
-from unmask.config import ConfigError
+from unmask.config import ConfigError, override
 from unmask.console import Console
-from unmask.engine import cluster_plan
-from unmask.engine.cluster_plan import USABLE_SHARE, Cluster
+from unmask.engine import cluster_plan, make_plan
+from unmask.engine.choose_parallel import USABLE_SHARE
+from unmask.engine.cluster_plan import Cluster
+from unmask.engine.flops import typical_images
 from unmask.engine.recipe_costs import costs_and_plan, print_costs
+from unmask.recipes.catalogue import find
 
 GIB = 2**30
 NANO = ("train.batch_size=96",)
@@ -48,7 +52,7 @@ def test_fewer_images_fit_while_gradients_accumulate_under_fsdp():
 def test_settings_are_used():
     plan = planned("train.micro_batch=24", gpus=4)
     assert (plan.images, plan.accumulation) == (6, 4)
-    with pytest.raises(ConfigError, match=r"got train.micro_batch=6 for 4 GPUs; expected a multiple of 4 that divides"):
+    with pytest.raises(ConfigError, match=r"got train.micro_batch=6 for 4 processes; expected a multiple of 4 that"):
         planned("train.micro_batch=6", gpus=4)
     assert planned("train.precision=fp32", gpus=4).memory.cast == 0
     assert planned("train.recompute=true", gpus=4).bytes_per_image < planned(gpus=4).bytes_per_image
@@ -143,3 +147,20 @@ def test_text_states_engine_memory_traffic_and_that_the_speed_is_unknown(capsys)
         assert words in err
     show(*costs_and_plan("mae_nano", settings=NANO, cluster=Cluster(gpus=4, memory=0.02)))
     assert "this does not fit; use " in capsys.readouterr().err
+
+
+def test_training_takes_the_same_engine_and_micro_batch(monkeypatch):
+    """The plan of a training on these GPUs agrees with `unmask plan`."""
+    spec = typical_images(find("mae_nano"))
+    for parallel, images in (("auto", 12.5), ("auto", 8.5), ("fsdp", 11.5), ("auto", 0.2)):
+        settings = (*NANO, f"train.parallel={parallel}", "train.precision=bf16")
+        memory = gib(planned("train.parallel=ddp", nodes=2, gpus=4), images=images)
+        expected = planned(*settings, nodes=2, gpus=4, memory=memory)
+        monkeypatch.setattr(make_plan, "free_memory", lambda _, memory=memory: memory * GIB)
+        config = override(find("mae_nano"), settings)
+        facts = make_plan.model_facts(config, spec, "bf16", "cpu")
+        facts = dataclasses.replace(facts, bytes_per_image=expected.bytes_per_image)  # measured with fused attention
+        processes = make_plan.Processes(8, 4)
+        engine, _, fit = make_plan.choose_engine(config, facts, "bf16", "cuda", processes)
+        micro, _ = make_plan.choose_micro_batch(config, facts.bytes_per_image, "cuda", processes, fit)
+        assert (engine, micro // 8) == (expected.engine, expected.images)

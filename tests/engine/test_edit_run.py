@@ -96,6 +96,24 @@ def test_a_change_is_recorded_and_shown(run):
     assert load(run).step == 20, "the checkpoints still belong to the run"
 
 
+def test_engine_and_recomputing_can_be_changed_at_any_time(run):
+    assert read_plan(Run.open(run)).parallel == "ddp"
+    set_values(run, ["train.parallel=fsdp", "train.recompute=true"], console=QUIET)
+    assert (read_plan(Run.open(run)).parallel, read_config(Run.open(run)).train.recompute) == ("fsdp", True)
+    set_values(run, ["train.parallel=auto"], console=QUIET)
+    assert read_plan(Run.open(run)).parallel == "fsdp"
+
+
+def test_settings_that_a_run_of_an_earlier_version_lacks_have_their_defaults(run):
+    folder = Run.open(run)
+    config = folder.read("config.json")
+    del config["train"]["parallel"], config["train"]["recompute"]
+    folder.write("config.json", config)
+    assert read_config(folder).train.parallel == "auto"
+    set_values(run, ["train.steps=24"], console=QUIET)
+    assert resume(run, console=QUIET).finished
+
+
 @pytest.mark.parametrize("after", [1, 2, 3])
 def test_interrupted_change_is_completed(run, monkeypatch, after):
     real, written = Run.write, []

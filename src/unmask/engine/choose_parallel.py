@@ -12,6 +12,7 @@ from typing import Literal
 Engine = Literal["ddp", "fsdp", "hsdp"]
 
 FLOAT32 = 4  # bytes
+USABLE_SHARE = 0.9  # of a GPU's memory; the rest is for the driver, communication buffers and fragmentation
 LEAST_IMAGES = 8  # images per forward pass and rank that must fit; with fewer, a GPU computes slowly
 GATHERED_BLOCKS = 2  # blocks whose parameters are whole at the same time under fsdp: one in use, one being gathered
 

@@ -6,19 +6,19 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 from unmask.batch import ImageSpec
 from unmask.config import Config, ConfigError
 from unmask.console import Console, duration
-from unmask.engine.choose_parallel import Engine, choose_parallel, size
+from unmask.engine.choose_parallel import USABLE_SHARE, Engine, size
 from unmask.engine.fake_ranks import sharded_bytes
 from unmask.engine.flops import Flops, build_unallocated
-from unmask.engine.make_plan import require_divisible, unit_of_batch
-from unmask.engine.parallel_costs import Model, RankMemory, Traffic, pass_sizes, rank_memory, traffic
+from unmask.engine.make_plan import largest_micro_batch, wanted_micro_batch
+from unmask.engine.parallel_costs import Devices, Division, Model, RankMemory, Traffic, pass_sizes, traffic
 
 GPU_MEMORY = 80.0  # GiB of an A100 or H100, the default of `unmask plan`
-USABLE_SHARE = 0.9  # of the memory; the rest is for the driver, communication buffers and fragmentation
 
 
 @dataclass(frozen=True)
@@ -132,48 +132,15 @@ def plan_cluster(
 
     verify: whether to compare the sizes with those that torch allocates in a simulated group of processes.
     """
-    unit = unit_of_batch(config, cluster.size)
-    require_divisible(config, cluster.size)
+    wanted = wanted_micro_batch(config, cluster.size)
     precision = "fp32" if config.train.precision == "fp32" else "bf16"  # what "auto" becomes on a GPU
     sizes = pass_sizes(config, images, precision)
     model = Model.of(build_unallocated(config, images), sizes.cast)
-    moments, average = 2 if config.optim.name == "adamw" else 1, config.optim.average is not None
     usable = int(USABLE_SHARE * cluster.memory * 2**30)
-    if config.train.parallel == "auto":
-        engine, reason = choose_parallel(
-            parameters=model.parameters,
-            trainable=model.trainable,
-            bytes_per_image=sizes.per_image,
-            memory=usable - sum(shard.cast for shard in model.all),
-            ranks=cluster.size,
-            ranks_per_node=cluster.gpus,
-            images=config.train.batch_size // cluster.size,
-            moments=moments,
-            average=average,
-            largest_block=model.largest_block,
-        )
-    else:
-        engine, reason = config.train.parallel, f"{config.train.parallel}: the setting train.parallel"
-
-    def memory(accumulation: int) -> RankMemory:
-        return rank_memory(
-            model,
-            engine,
-            nodes=cluster.nodes,
-            gpus=cluster.gpus,
-            precision=precision,
-            moments=moments,
-            average=average,
-            accumulation=accumulation,
-        )
-
-    def largest(accumulation: int) -> int:
-        return max(0, (usable - memory(accumulation).total) // sizes.per_image)
-
-    most = largest(1)
-    micro = micro_batch_of_all(config, cluster.size, unit, most)
-    if micro < config.train.batch_size:
-        micro = micro_batch_of_all(config, cluster.size, unit, largest(2))
+    division = Division(config, model, sizes.per_image, precision, Devices(usable, cluster.nodes, cluster.gpus))
+    engine, reason = division.choose_engine()
+    fit = partial(division.images_that_fit, engine)
+    micro = largest_micro_batch(config, cluster.size, fit) if wanted is None else wanted
     accumulation = config.train.batch_size // micro
     sent = traffic(
         model, engine, nodes=cluster.nodes, gpus=cluster.gpus, precision=precision, accumulation=accumulation
@@ -187,26 +154,13 @@ def plan_cluster(
         images=micro // cluster.size,
         accumulation=accumulation,
         bytes_per_image=sizes.per_image,
-        largest_images=most,
-        memory=memory(accumulation),
+        largest_images=fit(1),
+        memory=division.memory(engine, accumulation),
         activations=micro // cluster.size * sizes.per_image,
         traffic=sent,
         throughput=expected_speed(config, flops, cluster, sent),
-        exact=agrees_with_torch(config, images, memory(1), engine, cluster) if verify else None,
+        exact=agrees_with_torch(config, images, division.memory(engine, 1), engine, cluster) if verify else None,
     )
-
-
-def micro_batch_of_all(config: Config, processes: int, unit: int, most: int) -> int:
-    """Return the micro-batch of all GPUs together: the setting, or the largest with at most `most` images per GPU."""
-    batch, wanted = config.train.batch_size, config.train.micro_batch
-    if wanted is not None:
-        if batch % wanted or wanted % unit:
-            raise ConfigError(
-                f"got train.micro_batch={wanted} for {processes} GPUs; expected a multiple of {unit} that divides "
-                f"train.batch_size={batch}; leave it out to use the largest that fits"
-            )
-        return wanted
-    return max((d for d in range(unit, batch + 1, unit) if batch % d == 0 and d <= most * processes), default=unit)
 
 
 def expected_speed(config: Config, flops: Flops, cluster: Cluster, sent: Traffic) -> Throughput | None:

@@ -204,6 +204,8 @@ def replanned(config: Config, new: Config, plan: Plan, asked: Mapping[str, Any],
         changes["precision"] = choose_precision(train.precision, changes.get("device", plan.device))[0]
     if train.micro_batch is not None:
         changes |= {"micro_batch": train.micro_batch, "accumulation": train.batch_size // train.micro_batch}
+    if "train.parallel" in asked and train.parallel != "auto":  # "auto" keeps the engine of the run
+        changes["parallel"] = train.parallel
     if train.picture_every is not None:
         changes["picture_every"] = train.picture_every
     if train.test_every is not None and config.method.name in task_names():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 from unmask.batch import ImageSpec
@@ -12,9 +13,10 @@ from unmask.config import Config, ConfigError
 from unmask.console import duration
 from unmask.data.decode.reading import EARLIER, Reading
 from unmask.engine.build import build_method
-from unmask.engine.choose_parallel import Engine, choose_parallel
+from unmask.engine.choose_parallel import USABLE_SHARE, Engine
 from unmask.engine.device import choose_precision, free_memory
 from unmask.engine.measure import NO_TIME, Timing, bytes_per_image, time_steps
+from unmask.engine.parallel_costs import Devices, Division, Model
 from unmask.engine.time_budget import AIM, FEWEST_STEPS, USEFUL_STEPS, Budget
 from unmask.engine.training_plan import Plan
 from unmask.optim import peak_lr
@@ -68,13 +70,18 @@ class Processes(NamedTuple):
 
 ONE_PROCESS = Processes()
 
+Fit = Callable[[int], int]
+"""Function from the number of micro-batches per step to the number of images that fit in the memory of a process."""
+
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """The properties of the method that the plan depends on. bytes_per_image: memory per image in a training step."""
+    """The properties of the method that the plan depends on. groups: its parameters, for several processes.
+    bytes_per_image: memory per image in a training step.
+    """
 
+    groups: Model
     parameters: int
-    trainable_parameters: int
     encoder_parameters: int
     bytes_per_image: int
 
@@ -117,53 +124,69 @@ def require_micro_batch(config: Config) -> None:
 
 
 def choose_micro_batch(
-    config: Config, bytes_per_image: int, device: str, processes: Processes = ONE_PROCESS
+    config: Config, bytes_per_image: int, device: str, processes: Processes = ONE_PROCESS, fit: Fit | None = None
 ) -> tuple[int, str]:
     """Return (micro-batch, reason): the largest divisor of the batch that fits in memory, unless train.micro_batch is
     set.
 
-    The micro-batch is that of all processes together, and each gets the same share of it. Raises ConfigError.
+    The micro-batch is that of all processes together, and each gets the same share of it. fit: see `Fit` (None: the
+    images that fit in the memory for activations). Raises ConfigError.
     """
-    batch, unit = config.train.batch_size, unit_of_batch(config, processes.count)
-    require_micro_batch(config)
-    require_divisible(config, processes.count)
-    if (wanted := config.train.micro_batch) is not None:
-        if processes.count > 1 and wanted % unit:
-            raise ConfigError(
-                f"got train.micro_batch={wanted} for {processes.count} processes; expected a multiple of {unit} that "
-                "divides train.batch_size; leave it out to choose one automatically"
-            )
+    batch, count = config.train.batch_size, processes.count
+    if (wanted := wanted_micro_batch(config, count)) is not None:
         return wanted, f"micro-batch {wanted}: the setting train.micro_batch"
     usable = usable_memory(device, processes)
-    most = max(1, usable // max(1, bytes_per_image)) * processes.count
-    micro = max((d for d in range(unit, batch + 1, unit) if batch % d == 0 and d <= most), default=unit)
+    micro = largest_micro_batch(config, count, fit or (lambda _: usable // max(1, bytes_per_image)))
     need = f"{bytes_per_image / 2**20:.1f} MiB of activations per image"
     if micro == batch:
         return micro, f"the whole batch of {batch} in one pass: {need}, {usable / 2**30:.1f} GiB usable"
     return micro, f"micro-batches of {micro}, {batch // micro} per step: {need}, {usable / 2**30:.1f} GiB usable"
 
 
+def wanted_micro_batch(config: Config, processes: int) -> int | None:
+    """Return the setting train.micro_batch. Raises ConfigError if it or the batch cannot be divided evenly."""
+    require_micro_batch(config)
+    require_divisible(config, processes)
+    wanted, unit = config.train.micro_batch, unit_of_batch(config, processes)
+    if processes > 1 and wanted is not None and wanted % unit:
+        raise ConfigError(
+            f"got train.micro_batch={wanted} for {processes} processes; expected a multiple of {unit} that divides "
+            "train.batch_size; leave it out to choose one automatically"
+        )
+    return wanted
+
+
+def largest_micro_batch(config: Config, processes: int, fit: Fit) -> int:
+    """Return the largest micro-batch of all processes whose share fits in the memory of each."""
+    batch, unit = config.train.batch_size, unit_of_batch(config, processes)
+    if batch <= fit(1) * processes:
+        return batch
+    most = max(1, fit(2)) * processes
+    return max((d for d in range(unit, batch + 1, unit) if batch % d == 0 and d <= most), default=unit)
+
+
 def usable_memory(device: str, processes: Processes) -> int:
-    """Return how many bytes of its device a process may use for activations."""
+    """Return how many bytes of its device a process may use: for activations, or for everything if there are several
+    processes.
+    """
+    if processes.count > 1 and device.startswith("cuda"):
+        return int(free_memory(device) * USABLE_SHARE)
     sharing = processes.on_this_host if device == "cpu" else 1
     return int(free_memory(device) * MEMORY_SHARE) // sharing
 
 
-def choose_engine(config: Config, model: ModelFacts, device: str, processes: Processes) -> tuple[Engine, str]:
-    """Return how several processes divide the training, and the reason as a sentence."""
-    if (wanted := config.train.parallel) != "auto":
-        return wanted, f"{wanted}: the setting train.parallel"
-    return choose_parallel(
-        parameters=model.parameters,
-        trainable=model.trainable_parameters,
-        bytes_per_image=model.bytes_per_image,
-        memory=usable_memory(device, processes),
-        ranks=processes.count,
-        ranks_per_node=processes.on_this_host,
-        images=config.train.batch_size // processes.count,
-        moments=2 if config.optim.name == "adamw" else 1,
-        average=config.optim.average is not None,
-    )
+def choose_engine(
+    config: Config, model: ModelFacts, precision: str, device: str, processes: Processes
+) -> tuple[Engine, str, Fit]:
+    """Return (how several processes divide the training, the reason as a sentence, images that then fit in memory)."""
+    usable = usable_memory(device, processes)
+    if processes.count == 1:
+        return "ddp", "", lambda _: usable // max(1, model.bytes_per_image)
+    nodes = max(1, processes.count // processes.on_this_host)
+    devices = Devices(usable, nodes, processes.count // nodes)
+    division = Division(config, model.groups, model.bytes_per_image, precision, devices)
+    engine, why = division.choose_engine()
+    return engine, why, partial(division.images_that_fit, engine)
 
 
 def choose_steps(
@@ -255,8 +278,9 @@ def make_plan(
     """
     precision, why_precision = choose_precision(config.train.precision, device)
     model = model_facts(config, dataset.spec, precision, device)
-    micro, why_micro = choose_micro_batch(config, model.bytes_per_image, device, processes)
-    engine, why_engine = choose_engine(config, model, device, processes)
+    require_divisible(config, processes.count)
+    engine, why_engine, fit = choose_engine(config, model, precision, device, processes)
+    micro, why_micro = choose_micro_batch(config, model.bytes_per_image, device, processes, fit)
     share = micro // processes.count
 
     def step_seconds() -> Timing:
@@ -314,8 +338,8 @@ def model_facts(config: Config, spec: ImageSpec, precision: str, device: str) ->
     """Build the method once, count its parameters, and measure the memory that its activations need."""
     method = build_method(config, spec).to(device)
     return ModelFacts(
+        groups=Model.in_bfloat16(method) if precision == "bf16" else Model.of(method),
         parameters=sum(p.numel() for p in method.parameters()),
-        trainable_parameters=sum(p.numel() for p in method.parameters() if p.requires_grad),
         encoder_parameters=sum(p.numel() for p in method.encoder.parameters()),
         bytes_per_image=bytes_per_image(method, spec, precision, device, recompute=config.train.recompute),
     )
@@ -337,11 +361,11 @@ def for_processes(plan: Plan, config: Config, processes: Processes) -> Plan:
     require_divisible(config, processes.count)
     unit = unit_of_batch(config, processes.count)
     model = model_facts(config, plan.images, plan.precision, plan.device)
-    engine, _ = choose_engine(config, model, plan.device, processes)
-    most = max(1, usable_memory(plan.device, processes) // max(1, model.bytes_per_image)) * processes.count
+    engine, _, fit = choose_engine(config, model, plan.precision, plan.device, processes)
     micro = plan.micro_batch
+    most = max(1, fit(plan.batch_size // micro)) * processes.count
     if micro % unit or (micro > most and config.train.micro_batch is None):
         free = config.model_copy(update={"train": config.train.model_copy(update={"micro_batch": None})})
-        micro, _ = choose_micro_batch(free, model.bytes_per_image, plan.device, processes)
+        micro, _ = choose_micro_batch(free, model.bytes_per_image, plan.device, processes, fit)
     change = {"micro_batch": micro, "accumulation": plan.batch_size // micro, "parallel": engine}
     return plan.model_copy(update={**change, "processes": processes.count})

@@ -22,7 +22,7 @@ from torch import nn
 from unmask.batch import ImageSpec
 from unmask.config import Config
 from unmask.engine.build import build_method
-from unmask.engine.choose_parallel import FLOAT32, GATHERED_BLOCKS, Engine, num_shards
+from unmask.engine.choose_parallel import FLOAT32, GATHERED_BLOCKS, Engine, choose_parallel, num_shards
 from unmask.engine.compile import BLOCKS
 from unmask.engine.device import autocast
 from unmask.engine.fake_ranks import fake_tensors, move_to_fake_cpu
@@ -76,6 +76,13 @@ class Model:
         inside = {id(value) for block in blocks for value in block}
         root = [value for value in method.parameters() if id(value) not in inside]
         return cls(tuple(group(block) for block in blocks), group(root))
+
+    @classmethod
+    def in_bfloat16(cls, method: nn.Module) -> Model:
+        """Return the groups of a method, with a bfloat16 copy of every trainable parameter."""
+        return cls.of(
+            method, {n: BFLOAT16 * value.numel() for n, value in method.named_parameters() if value.requires_grad}
+        )
 
     @cached_property
     def all(self) -> tuple[Shard, ...]:
@@ -202,6 +209,68 @@ def traffic(model: Model, engine: Engine, *, nodes: int, gpus: int, precision: s
     if nodes > 1:
         between = gather + scatter if engine == "fsdp" else gpus * reduce
     return Traffic(gather, scatter, reduce, between)
+
+
+@dataclass(frozen=True)
+class Devices:
+    """Devices with one rank each. usable: bytes of each that training may use. nodes, gpus: number of nodes, and of
+    devices in each node.
+    """
+
+    usable: int
+    nodes: int
+    gpus: int
+
+
+@dataclass(frozen=True)
+class Division:
+    """The division of a method among several devices, for `unmask plan` and for training."""
+
+    config: Config
+    model: Model
+    bytes_per_image: int
+    precision: str
+    devices: Devices
+
+    def choose_engine(self) -> tuple[Engine, str]:
+        """Return (engine, reason): the setting, or the one with the least traffic that fits."""
+        config, devices = self.config, self.devices
+        if (wanted := config.train.parallel) != "auto":
+            return wanted, f"{wanted}: the setting train.parallel"
+        return choose_parallel(
+            parameters=self.model.parameters,
+            trainable=self.model.trainable,
+            bytes_per_image=self.bytes_per_image,
+            memory=devices.usable - sum(shard.cast for shard in self.model.all),
+            ranks=devices.nodes * devices.gpus,
+            ranks_per_node=devices.gpus,
+            images=config.train.batch_size // (devices.nodes * devices.gpus),
+            moments=moments_of(config),
+            average=config.optim.average is not None,
+            largest_block=self.model.largest_block,
+        )
+
+    def memory(self, engine: Engine, accumulation: int) -> RankMemory:
+        """Return the memory of one rank without activations."""
+        return rank_memory(
+            self.model,
+            engine,
+            nodes=self.devices.nodes,
+            gpus=self.devices.gpus,
+            precision=self.precision,
+            moments=moments_of(self.config),
+            average=self.config.optim.average is not None,
+            accumulation=accumulation,
+        )
+
+    def images_that_fit(self, engine: Engine, accumulation: int) -> int:
+        """Return the number of images of a micro-batch that fit one rank, if a step has this many micro-batches."""
+        return max(0, (self.devices.usable - self.memory(engine, accumulation).total) // self.bytes_per_image)
+
+
+def moments_of(config: Config) -> int:
+    """Return how many numbers the optimiser stores per trainable parameter."""
+    return 2 if config.optim.name == "adamw" else 1
 
 
 @dataclass(frozen=True)
