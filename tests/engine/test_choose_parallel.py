@@ -48,7 +48,8 @@ def test_fsdp_is_chosen_on_one_node_and_on_nodes_with_one_device():
 
 
 def test_a_model_that_fits_nowhere_is_reported_with_advice():
-    engine, why = chosen(GIB)
+    assert "out of memory; use more devices or smaller images" in chosen(GIB)[1]
+    engine, why = chosen(GIB, largest_block=MILLION)
     assert engine == "fsdp"
     assert "expect to run out of memory; use train.recompute=true" in why
 

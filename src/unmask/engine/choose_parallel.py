@@ -53,7 +53,7 @@ def choose_parallel(
     forward and backward pass. memory: bytes of one device that training may use. ranks, ranks_per_node: number of
     processes, one per device, in all and on each node. images: images per forward pass and rank that must fit at least;
     more than LEAST_IMAGES count as LEAST_IMAGES. moments, average: see `state_bytes`. largest_block: parameters of the
-    largest block, which are whole in memory while it is computed.
+    largest transformer block, which are whole in memory while it is computed (0: there are no blocks).
     """
     if ranks == 1:
         return "ddp", "ddp: one process, so nothing is divided"
@@ -84,7 +84,7 @@ def choose_parallel(
         )
     return "fsdp", (
         f"fsdp: {needs} need {size(among)} on each device even if divided among all {ranks}; {have}, so expect to run "
-        "out of memory; use train.recompute=true, more devices or smaller images"
+        f"out of memory; use {'train.recompute=true, ' if largest_block else ''}more devices or smaller images"
     )
 
 

@@ -68,9 +68,10 @@ class Throughput:
 class ClusterPlan:
     """The plan of a training on a cluster; sizes are bytes of one GPU.
 
-    usable: share of the memory that training may use. images: images per micro-batch and GPU. activations: bytes of
-    these images. peak: memory plus activations. moments: numbers that the optimiser keeps per trainable parameter.
-    exact: result of `verify`, or None if it was not asked for.
+    usable: share of the memory that training may use. images: images per micro-batch and GPU. largest_images: most
+    images that fit without accumulation. memory, activations: bytes without the images of a micro-batch, and of these.
+    exact: result of `verify`, or None if it was not asked for. num_blocks: number of transformer blocks. recompute: the
+    setting train.recompute.
     """
 
     cluster: Cluster
@@ -87,6 +88,8 @@ class ClusterPlan:
     traffic: Traffic
     throughput: Throughput | None
     exact: bool | None
+    num_blocks: int
+    recompute: bool
 
     @property
     def peak(self) -> int:
@@ -160,6 +163,8 @@ def plan_cluster(
         traffic=sent,
         throughput=expected_speed(config, flops, cluster, sent),
         exact=agrees_with_torch(config, images, division.memory(engine, 1), engine, cluster) if verify else None,
+        num_blocks=len(model.blocks),
+        recompute=config.train.recompute,
     )
 
 
@@ -227,9 +232,10 @@ def ways_to_fit(plan: ClusterPlan) -> list[str]:
     cluster = plan.cluster
     without = plan.largest_images * cluster.size
     return [
-        *([f"train.batch_size={without}, which needs no accumulation"] if plan.memory.accumulated and without else []),
+        *([f"train.batch_size={without} (no accumulation)"] if plan.memory.accumulated and without else []),
         *(["train.parallel=auto"] if plan.engine == "ddp" and cluster.size > 1 else []),
-        "train.recompute=true, more GPUs, smaller images",
+        *(["train.recompute=true"] if plan.num_blocks and not plan.recompute else []),
+        "more GPUs or smaller images",
     ]
 
 
