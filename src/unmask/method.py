@@ -46,6 +46,11 @@ class MethodConfig(Settings):
         """Whether the method contains the network of a tokenizer, whose weights are copied from another run."""
         return False
 
+    @property
+    def mixes_pairs(self) -> bool:
+        """Whether the loss mixes pairs of images, as mixup does; both images of a pair are then in the same process."""
+        return False
+
     def from_files(self) -> list[str]:
         """Return sentences that describe settings read from files, such as a palette, to reveal a wrong file."""
         return []

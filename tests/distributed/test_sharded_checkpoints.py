@@ -1,50 +1,30 @@
 """Checkpoints in shards: written by 2 processes, read by 1 and by 4, in both formats, damaged, and on a full disk."""
 
+import errno
 import json
 import os
 import pickle
 import shutil
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from checkpoint_group import digest
+from group import run_script
 
 from unmask.engine import checkpoint
 from unmask.engine.checkpoint import CheckpointError, load_latest, load_model
 from unmask.run import Run
 
 LIMIT = 90
+SCRIPT = Path(__file__).with_name("checkpoint_group.py")
 SHARDS = ["dcp/shard-00001-model-00001-of-00001.safetensors", "dcp/shard-00002-model-00001-of-00001.safetensors"]
 
 
-def group(size: int, stage: str, run: Path, report: Path) -> list[dict]:
+def in_processes(size: int, stage: str, run: Path, report: Path) -> list[dict]:
     """Run a stage in several processes, and return what each of them has seen."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {**os.environ, "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size), "OMP_NUM_THREADS": "1"}
-    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    command = [sys.executable, str(Path(__file__).with_name("checkpoint_group.py")), stage, str(run), str(report)]
-    processes = [
-        subprocess.Popen(command, env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}, stderr=subprocess.PIPE)
-        for rank in range(size)
-    ]
-    try:
-        for process in processes:
-            _, err = process.communicate(timeout=LIMIT)
-            assert process.returncode == 0, err.decode()
-    finally:
-        for process in processes:
-            if process.poll() is None:
-                process.terminate()
-                try:
-                    process.wait(5)
-                except subprocess.TimeoutExpired:
-                    process.kill()
+    run_script(size, SCRIPT, report.parent / f"{report.name}-output", stage, str(run), str(report), seconds=LIMIT)
     return [json.loads(Path(f"{report}-{rank}.json").read_text()) for rank in range(size)]
 
 
@@ -53,7 +33,7 @@ def saved(tmp_path_factory):
     """A run with the checkpoints 1 and 2, which two processes wrote in shards, and what they have seen."""
     folder = tmp_path_factory.mktemp("sharded")
     Run.create(folder / "run").write("config.json", {})
-    return folder / "run", group(2, "save", folder / "run", folder / "save")
+    return folder / "run", in_processes(2, "save", folder / "run", folder / "save")
 
 
 @pytest.fixture
@@ -92,6 +72,21 @@ def test_full_disk_of_one_process_is_reported_by_all_and_leaves_nothing(saved, b
         assert seen[f"left {broken}"] == ["LATEST", "step-00000001", "step-00000002"]
 
 
+def test_full_disk_is_reported_when_the_folder_of_the_shards_is_created(run, monkeypatch):
+    make = Path.mkdir
+
+    def full(path: Path, *args: object, **kwargs: object) -> None:
+        if path.name == "dcp":
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        make(path, *args, **kwargs)
+
+    before = sorted(path.name for path in run.checkpoints.iterdir())
+    monkeypatch.setattr(Path, "mkdir", full)
+    with pytest.raises(checkpoint.CheckpointFull, match="the disk is full"):
+        checkpoint.save(run, 9, {"weight": torch.ones(3)}, {}, {}, kind="dcp")
+    assert sorted(path.name for path in run.checkpoints.iterdir()) == before
+
+
 def test_weights_that_are_not_finite_in_one_process_are_refused_by_all(saved):
     assert all("1 tensors contain non-finite numbers, first w" in seen["refused"] for seen in saved[1])
 
@@ -106,7 +101,7 @@ def test_no_pickle_is_written(saved):
 def test_four_processes_read_the_shards_of_two_and_one_reads_theirs(saved, run, tmp_path):
     """The newest checkpoint is damaged: all processes rename it and use the one before."""
     flip(run.checkpoints / "step-00000002" / SHARDS[1], 1000)
-    seen = group(4, "load", run.path, tmp_path / "load")
+    seen = in_processes(4, "load", run.path, tmp_path / "load")
     for each in seen:
         assert each["path"] == "step-00000001"
         assert each["digests"] == saved[1][0]["digests"]
@@ -121,7 +116,7 @@ def test_two_processes_read_a_dense_checkpoint_into_shards(saved, run, tmp_path)
     found = load_latest(run)
     checkpoint.save(run, 5, found.model, found.optim, found.state, keep=9)
     assert (run.checkpoints / "step-00000005/model.safetensors").exists()
-    seen = group(2, "load", run.path, tmp_path / "load")
+    seen = in_processes(2, "load", run.path, tmp_path / "load")
     for each in seen:
         assert each["path"] is None
         assert each["digests"] == saved[1][0]["digests"]
@@ -220,7 +215,7 @@ def test_planted_pickle_is_never_opened(saved, run, tmp_path):
     for place in (folder, folder / "dcp"):
         (place / ".metadata").write_bytes(pickle.dumps(Payload(marker)))
     assert digests(load_latest(run, log=pytest.fail)) == saved[1][0]["digests"]
-    seen = group(2, "load", run.path, tmp_path / "load")
+    seen = in_processes(2, "load", run.path, tmp_path / "load")
     assert [each["path"] for each in seen] == ["step-00000002"] * 2
     shutil.rmtree(run.checkpoints / "step-00000009")
     torch.save({"x": Payload(marker)}, folder / SHARDS[0])

@@ -38,6 +38,15 @@ def test_hsdp_is_chosen_while_one_node_can_hold_the_model_and_fsdp_above():
     assert chosen(need - 1)[0] == "fsdp"
 
 
+def test_only_ddp_needs_memory_for_bfloat16_copies_of_all_weights():
+    need = 16 * 1000 * MILLION + LEAST_IMAGES * 100 * MIB
+    assert chosen(need, copies=2000 * MILLION)[0] == "hsdp"
+    assert chosen(need + 2000 * MILLION, copies=2000 * MILLION)[0] == "ddp"
+    need = 16 * 1000 * MILLION // 8 + LEAST_IMAGES * 100 * MIB
+    assert chosen(need, copies=2000 * MILLION)[0] == "hsdp"
+    assert chosen(need, copies=2000 * MILLION, root_copies=1)[0] == "fsdp"
+
+
 def test_fsdp_is_chosen_on_one_node_and_on_nodes_with_one_device():
     engine, why = chosen(10 * GIB, ranks=8)
     assert engine == "fsdp"

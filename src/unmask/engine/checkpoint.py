@@ -112,6 +112,7 @@ def save(
     files, failure = dict[str, Any](), None
     try:
         if kind == "dcp":
+            (folder / SHARDS).mkdir(exist_ok=True)  # here, because torch hides an error of the disk
             files = write_shards(folder / SHARDS, model, optim, world.group)
         elif world.is_writer:
             files[MODEL] = _write_tensors(folder / MODEL, model)

@@ -46,6 +46,8 @@ def choose_parallel(
     moments: int = 2,
     average: bool = False,
     largest_block: int = 0,
+    copies: int = 0,
+    root_copies: int = 0,
 ) -> tuple[Engine, str]:
     """Return (engine, reason) for `train.parallel=auto`: the engine with the least traffic that fits.
 
@@ -54,28 +56,31 @@ def choose_parallel(
     processes, one per device, in all and on each node. images: images per forward pass and rank that must fit at least;
     more than LEAST_IMAGES count as LEAST_IMAGES. moments, average: see `state_bytes`. largest_block: parameters of the
     largest transformer block, which are whole in memory while it is computed (0: there are no blocks).
+    copies: bytes of the bfloat16 copies of all weights, which ddp keeps. root_copies: bytes of those of the weights
+    outside blocks, which fsdp and hsdp keep.
     """
     if ranks == 1:
         return "ddp", "ddp: one process, so nothing is divided"
     images = max(1, min(images, LEAST_IMAGES))
     state, activations = state_bytes(parameters, trainable, moments=moments, average=average), images * bytes_per_image
     gathered = FLOAT32 * GATHERED_BLOCKS * largest_block
-    whole = state + activations
+    whole = state + copies + activations
+    kept = "model, gradients, moments and bfloat16 copies" if copies else "model, gradients and moments"
     needs = (
-        f"model, gradients and moments ({size(state)}) and activations of {images} "
+        f"{kept} ({size(state + copies)}) and activations of {images} "
         f"{'image' if images == 1 else 'images'} ({size(activations)})"
     )
     have = f"{size(memory)} usable per device"
     if whole <= memory:
         return "ddp", f"ddp: {needs} fit each device; {have}"
     nodes = ranks // ranks_per_node
-    within = -(-state // ranks_per_node) + gathered + activations
+    within = -(-state // ranks_per_node) + gathered + root_copies + activations
     if nodes > 1 and ranks_per_node > 1 and within <= memory:
         return "hsdp", (
             f"hsdp: {needs} do not fit one device, but divided among the {ranks_per_node} of a node they need "
             f"{size(within)} each; {have}"
         )
-    among = -(-state // ranks) + gathered + activations
+    among = -(-state // ranks) + gathered + root_copies + activations
     if among <= memory:
         place = f"the {ranks} of the node" if nodes <= 1 else f"all {ranks}"
         return (

@@ -91,8 +91,7 @@ def unit_of_batch(config: Config, processes: int) -> int:
 
     Mixup and cutmix mix pairs of images, and both images of a pair must be in the same process.
     """
-    mixes = any(getattr(config.method, name, 0) for name in ("mixup", "cutmix"))
-    return processes * config.data.repeats * (2 if mixes and processes > 1 else 1)
+    return processes * config.data.repeats * (2 if config.method.mixes_pairs and processes > 1 else 1)
 
 
 def require_divisible(config: Config, processes: int) -> None:

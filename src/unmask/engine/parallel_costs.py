@@ -107,8 +107,8 @@ class RankMemory:
 
     parameters, gradients, moments, average: float32 tensors that exist throughout, average: moving average of the
     weights. cast: bfloat16 copies of weights during a pass. gathered: parameters that are whole for a while under fsdp
-    and hsdp, with their gradients. accumulated: gradients of all blocks, which are not divided until the last
-    micro-batch of a step.
+    and hsdp, with their gradients. accumulated: undivided gradients of all blocks between the micro-batches of a
+    step.
     """
 
     parameters: int
@@ -241,7 +241,9 @@ class Division:
             parameters=self.model.parameters,
             trainable=self.model.trainable,
             bytes_per_image=self.bytes_per_image,
-            memory=devices.usable - sum(shard.cast for shard in self.model.all),
+            memory=devices.usable,
+            copies=sum(shard.cast for shard in self.model.all),
+            root_copies=sum(shard.cast for shard in self.model.root),
             ranks=devices.nodes * devices.gpus,
             ranks_per_node=devices.gpus,
             images=config.train.batch_size // (devices.nodes * devices.gpus),
@@ -284,7 +286,8 @@ class PassSizes:
 def pass_sizes(config: Config, images: ImageSpec, precision: str) -> PassSizes:
     """Return the sizes of a step on a GPU, measured on tensors without memory.
 
-    If the loss depends on the values of tensors, which such tensors do not have, the step runs on the CPU instead.
+    If the loss depends on the values of tensors, which such tensors do not have, torch raises RuntimeError or
+    NotImplementedError, and the step runs on the CPU. An error with another cause is raised again there.
     """
     try:
         method = build_unallocated(config, images)

@@ -152,22 +152,18 @@ def recompute_blocks(method: nn.Module) -> int:
 
 def fill(target: Tensor, value: Tensor | None, world: World) -> None:
     """Set a tensor in all processes to the value that the writer has. target: a tensor or DTensor of the same shape."""
-    placements, local = getattr(target, "placements", None), target
-    source = torch.empty(target.shape, dtype=target.dtype, device=target.device) if value is None else None
-    whole_value = source if value is None else value.detach().to(target.device, target.dtype).contiguous()
-    assert whole_value is not None
-    with torch.no_grad():
-        if placements is None:
-            if world.is_writer:
-                whole_value = whole_value.clone()
-            dist.broadcast(whole_value, src=0, group=world.devices)
-            local.copy_(whole_value)
-            return
-        from torch.distributed.tensor import DTensor, distribute_tensor
+    from torch.distributed.tensor import DTensor, distribute_tensor
 
-        assert isinstance(target, DTensor), "only DTensors have placements"
-        parts = distribute_tensor(whole_value, target.device_mesh, target.placements)
-        target.to_local().copy_(parts.to_local())
+    if value is None:
+        sent = torch.empty(target.shape, dtype=target.dtype, device=target.device)
+    else:
+        sent = value.detach().to(target.device, target.dtype).contiguous()
+    with torch.no_grad():
+        if isinstance(target, DTensor):
+            target.to_local().copy_(distribute_tensor(sent, target.device_mesh, target.placements).to_local())
+        else:
+            dist.broadcast(sent, src=0, group=world.devices)
+            target.copy_(sent)
 
 
 def hand_out(targets: Mapping[str, Tensor], values: Mapping[str, Tensor] | None, world: World) -> None:

@@ -126,11 +126,7 @@ class World:
 
     def mean(self, tensor: Tensor) -> Tensor:
         """Return the mean of a tensor over all processes, computed on its device. tensor: of the same shape in all."""
-        if self.alone:
-            return tensor
-        total = tensor.clone()
-        dist.all_reduce(total, group=self.devices)
-        return total / self.size
+        return tensor if self.alone else self.sum(tensor) / self.size
 
     def means(self, *scalars: Tensor) -> tuple[Tensor, ...]:
         """Return the means of 0-d tensors over all processes, in one operation."""

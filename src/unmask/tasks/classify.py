@@ -68,6 +68,10 @@ class Config(PartialTaskConfig):
     erasing: float = Field(default=0.0, ge=0, le=1)
     head_std: float | None = Field(default=None, gt=0)
 
+    @property
+    def mixes_pairs(self) -> bool:
+        return bool(self.mixup or self.cutmix)
+
     def from_scratch(self) -> Config:
         return self if self.head_std is not None else self.model_copy(update={"head_std": SCRATCH_STD})
 
