@@ -358,7 +358,7 @@ class Loop:
             if skipped := sum("skipped" in row for row in run.metrics()):
                 console.warn(f"{skipped} steps with non-finite numbers were skipped; faults.jsonl lists their images")
         run.require_present()
-        if (saved := checkpoint.newest_step(run)) != at.step:
+        if (saved := self.job.world.from_writer(lambda: checkpoint.newest_step(run))) != at.step:
             raise TrainingFailed(
                 f"the last weights (step {at.step}) could not be written; free disk space, then repeat the steps since "
                 f"step {saved or 0} with `unmask resume {run.path}`"
