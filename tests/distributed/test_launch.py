@@ -36,6 +36,8 @@ PROGRAM = """
     if what == "once":  # fails at first
         sys.exit(process.exit_code(1 if number == "0" else 0))
     if what in ("usage", "usage-waits") and rank == 0:
+        while not Path(f"1.{number}.ready").exists():  # a process that starts later would end before it is ready
+            time.sleep(0.01)
         sys.exit(process.exit_code(2))
     if what == "usage":
         time.sleep(0.5)
