@@ -208,7 +208,7 @@ def print_costs(found: dict[str, Any], console: Console, plan: ClusterPlan | Non
             f"encoder alone: {share['encoder']:.2f} x"
         )
         console.print(f"  cost per token in the decoder: {share['decoder_per_token']:.1%} of that in the encoder")
-    gpus = f"; on {found['gpus']} GPUs {found['images_per_gpu']} images each per step" if "gpus" in found else ""
+    gpus = f"; on {found['gpus']} GPUs, images of each per step: {found['images_per_gpu']}" if "gpus" in found else ""
     console.print(
         f"batch {found['batch_size']}, peak learning rate {found['peak_lr']:.3g} (base {found['base_lr']:.3g} x batch "
         f"/ 256){gpus}"
