@@ -65,7 +65,7 @@ def choose_parallel(
     state, activations = state_bytes(parameters, trainable, moments=moments, average=average), images * bytes_per_image
     gathered = FLOAT32 * GATHERED_BLOCKS * largest_block
     whole = state + copies + activations
-    kept = "model, gradients, moments and bfloat16 copies" if copies else "model, gradients and moments"
+    kept = "model, gradients and moments" + (" with bfloat16 copies" if copies else "")
     needs = (
         f"{kept} ({size(state + copies)}) and activations of {images} "
         f"{'image' if images == 1 else 'images'} ({size(activations)})"
