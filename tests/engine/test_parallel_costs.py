@@ -11,13 +11,14 @@ from torch import nn
 from unmask.config import override
 from unmask.engine import fake_ranks
 from unmask.engine.build import build_method
+from unmask.engine.cluster_plan import Cluster
 from unmask.engine.compile import BLOCKS
 from unmask.engine.device import autocast
 from unmask.engine.fake_ranks import fake_group, fake_tensors, move_to_fake_cpu, sharded_bytes
 from unmask.engine.flops import build_unallocated, typical_images
 from unmask.engine.measure import bytes_per_image, example_batch
 from unmask.engine.parallel_costs import Model, Shard, cast_bytes, pass_sizes, rank_memory, traffic
-from unmask.engine.recipe_costs import stand_in_tokenizer
+from unmask.engine.recipe_costs import costs_and_plan, stand_in_tokenizer
 from unmask.engine.sharding import mesh_of, shard
 from unmask.engine.world import World
 from unmask.errors import UserError
@@ -64,16 +65,16 @@ def test_a_wrong_number_of_gpus_is_noticed():
     assert found != persistent(costs(Model.of(unallocated("mae_nano")), "fsdp", 1, 6))
 
 
-@pytest.mark.parametrize(("recipe", "engine"), [("mae_huge", "fsdp"), ("mae_huge", "hsdp"), ("beit_large", "hsdp")])
-def test_sizes_on_4096_gpus_are_those_of_torch(recipe, engine, capsys):
-    nodes, gpus = 512, 8
-    start = time.perf_counter()
-    expected = costs(Model.of(unallocated(recipe)), engine, nodes, gpus)
-    assert sharded_bytes(unallocated(recipe), engine, nodes, gpus) == persistent(expected)
-    seconds = time.perf_counter() - start
+@pytest.mark.parametrize(("recipe", "engine"), [("mae_huge", "fsdp"), ("mae_huge", "hsdp"), ("beit_large", "fsdp")])
+def test_a_plan_for_4096_gpus_is_checked_within_10_seconds(recipe, engine, capsys):
+    settings = (f"train.parallel={engine}", "train.batch_size=4096")
+    start = time.process_time()  # of the processor, because other programs may use the machine
+    _, plan = costs_and_plan(recipe, settings=settings, cluster=Cluster(nodes=512, gpus=8), verify=True)
+    seconds = time.process_time() - start
     with capsys.disabled():
-        print(f"\n{recipe}, {engine} on {nodes * gpus} GPUs: {seconds:.1f} s ", end="")
-    assert seconds < 100
+        print(f"\n{recipe}, {engine} on 4,096 GPUs: {seconds:.1f} s ", end="")
+    assert plan.exact
+    assert seconds < 10
 
 
 class LossValue(nn.Module):

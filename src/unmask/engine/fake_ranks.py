@@ -78,12 +78,10 @@ def fake_group(ranks: int) -> Iterator[None]:
 def sharded_bytes(method: nn.Module, engine: Engine, nodes: int, gpus: int) -> dict[str, int]:
     """Return the bytes of parameters, gradients and AdamW's moments of rank 0 as torch's `fully_shard` divides them.
 
-    method: on the meta device; it cannot be used afterwards. Blocks with parameters of the same shapes are sharded once
-    and counted several times, because torch creates one tensor per parameter and shard.
+    method: on the meta device; it cannot be used afterwards. Of parameters with the same shape, one is sharded and
+    counted several times, because torch creates one tensor per parameter and shard.
     """
-    number = Counter(_shapes(block) for block in _blocks(method))
-    _drop_repeated_blocks(method)
-    copies = {name: number[_shapes(block)] for name, block in method.named_modules() if isinstance(block, BLOCKS)}
+    number = _drop_repeated_parameters(method)
     found = {"parameters": 0, "gradients": 0, "moments": 0}
     with fake_group(nodes * gpus):
         if engine != "ddp":
@@ -94,32 +92,32 @@ def sharded_bytes(method: nn.Module, engine: Engine, nodes: int, gpus: int) -> d
             value.grad = torch.zeros_like(value)
         optimizer.step()
         for name, value in method.named_parameters():
-            times = next((n for block, n in copies.items() if name.startswith(f"{block}.")), 1)
-            found["parameters"] += times * _local_bytes(value)
+            found["parameters"] += number[name] * _local_bytes(value)
             if value.grad is not None:
-                found["gradients"] += times * _local_bytes(value.grad)
+                found["gradients"] += number[name] * _local_bytes(value.grad)
                 moments = (optimizer.state[value][key] for key in ("exp_avg", "exp_avg_sq"))
-                found["moments"] += times * sum(_local_bytes(moment) for moment in moments)
+                found["moments"] += number[name] * sum(_local_bytes(moment) for moment in moments)
     return found
 
 
-def _blocks(method: nn.Module) -> list[nn.Module]:
-    return [part for part in method.modules() if isinstance(part, BLOCKS)]
+def _drop_repeated_parameters(method: nn.Module) -> dict[str, int]:
+    """Remove each parameter if an earlier one has the same shape; return how many there were of each, by name.
 
-
-def _shapes(block: nn.Module) -> tuple[tuple[torch.Size, bool], ...]:
-    return tuple((value.shape, value.requires_grad) for value in block.parameters())
-
-
-def _drop_repeated_blocks(method: nn.Module) -> None:
-    """Replace each block by an empty module if an earlier block has parameters of the same shapes."""
-    seen: set[object] = set()
-    for parent in list(method.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, BLOCKS):
-                if _shapes(child) in seen:
-                    setattr(parent, name, nn.Identity())
-                seen.add(_shapes(child))
+    Parameters in blocks and outside are kept apart, and so are trainable and frozen ones.
+    """
+    inside = {id(value) for part in method.modules() if isinstance(part, BLOCKS) for value in part.parameters()}
+    kept, number, seen = dict[object, str](), Counter[str](), set[int]()
+    for module, part in method.named_modules():
+        for name, value in list(part._parameters.items()):
+            if value is None:
+                continue
+            alike = (value.shape, value.requires_grad, id(value) in inside)
+            full = kept.setdefault(alike, f"{module}.{name}".removeprefix("."))
+            number[full] += id(value) not in seen  # a parameter that two modules share counts once
+            seen.add(id(value))
+            if full != f"{module}.{name}".removeprefix("."):
+                part._parameters[name] = None
+    return dict(number)
 
 
 def _local_bytes(value: Tensor) -> int:
