@@ -34,6 +34,7 @@ TICK = 0.2
 LEFT = "left"
 CLOSE_SECONDS = 2.0  # longest wait for a thread that waits for the store
 OWN_ERROR_SECONDS = 3.0  # seconds in which the main thread may fail by itself, after another process has failed
+LAST_SECONDS = OWN_ERROR_SECONDS + 4 * BEAT  # longest wait of the process that holds the store for the others to end
 
 
 def limit_seconds() -> float:
@@ -48,15 +49,24 @@ def limit_seconds() -> float:
     return seconds
 
 
+def launcher_holds_store() -> bool:
+    """Return whether the store of values that processes share is in the launcher, as with torchrun, not in rank 0."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
 @dataclass(frozen=True)
 class Failure:
-    """Why all processes end. rank, host, pid: the process that failed. code: exit code of all processes."""
+    """Why all processes end. rank, host, pid: the process that failed. code: exit code of all processes.
+
+    responds: whether that process is able to end by itself.
+    """
 
     rank: int
     host: str
     pid: int
     cause: str
     code: int = 1
+    responds: bool = True
 
     def message(self) -> str:
         return f"rank {self.rank} on {self.host} (process {self.pid}) {self.cause}"
@@ -141,6 +151,22 @@ class Pulse:
         with suppress(Exception):
             self._closing.set(f"{self.key}/pulse/{self.rank}", LEFT)
 
+    def end_in_order(self, silent: int = 0) -> None:
+        """Record that this process is about to end; if it holds the store, wait until the others have recorded it too.
+
+        They still read from the store why they end. silent: number of processes that are unable to record anything.
+        """
+        key, deadline = f"{self.key}/ended", time.monotonic() + LAST_SECONDS
+        with suppress(Exception):
+            ended = self._closing.add(key, 1)
+            while self._holds_store and ended < self.size - silent and time.monotonic() < deadline:
+                time.sleep(TICK)
+                ended = self._closing.add(key, 0)
+
+    @property
+    def _holds_store(self) -> bool:
+        return self.rank == 0 and not launcher_holds_store()
+
     def _close(self) -> None:
         """End the threads. Python aborts if a thread is inside the store's C++ code while the interpreter ends."""
         self._closed.set()
@@ -195,7 +221,7 @@ class Pulse:
 
     def _about(self, rank: int, cause: str) -> Failure:
         who = json.loads(self._store.get(f"{self.key}/who/{rank}"))
-        return Failure(rank, who["host"], who["pid"], cause)
+        return Failure(rank, who["host"], who["pid"], cause, responds=False)
 
     def _record(self, failure: Failure) -> Failure:
         """Record a failure unless one is recorded already; return the one that is recorded."""
@@ -233,6 +259,8 @@ class Pulse:
             self.on_failure(message)
         if not claim or self.claim():
             write_now(escape_controls(f"error: {message}; all processes end\n"))
+        if claim:
+            self.end_in_order(silent=not failure.responds)
         os._exit(failure.code)
 
 

@@ -263,7 +263,7 @@ def _store_of_attempt(rank: int, size: int) -> dict[str, Any]:
     torchrun keeps its store when it restarts the processes (torch 2.11 to 2.13), so that they would find the addresses
     of those that have ended, and could not connect.
     """
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+    if not pulse.launcher_holds_store():
         return {}
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store = dist.TCPStore(host, port, is_master=False, timeout=COLLECTIVE)
@@ -274,6 +274,7 @@ def _store_of_attempt(rank: int, size: int) -> dict[str, Any]:
 def _disconnect() -> None:
     if _pulse is not None:
         if _pulse.failed:
+            _pulse.end_in_order()
             return  # the other processes may be gone, and closing the connections could wait for them
         _pulse.leave()
     if dist.is_initialized():
