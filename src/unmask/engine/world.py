@@ -11,6 +11,7 @@ Nothing may be decided by one process alone, because the others would wait for i
     unreadable files, absent pixels                     `engine/stream.py`, for each micro-batch
     loss, gradient, non-finite steps, rollbacks         `engine/train.py`, `step` and `read`, on the device
     pictures, evaluations, the number of steps          `engine/train.py`, by `from_writer`
+    the batches that each process evaluates             `engine/divided_batches.py`
     whether a checkpoint is complete                    `engine/checkpoint_writer.py`
     that a process is alive, and why it ended           `engine/pulse.py`
 
@@ -95,10 +96,19 @@ class World:
         dist.all_gather_object(values, value, group=self.group)
         return values
 
+    def to_writer(self, value: T) -> list[T]:
+        """Return the values of all processes, in the order of their ranks, in the writer, and [] elsewhere."""
+        if self.alone:
+            return [value]
+        values: list[Any] | None = [None] * self.size if self.is_writer else None
+        dist.gather_object(value, values, dst=0, group=self.group)
+        return values or []
+
     def from_writer(self, make: Callable[[], T]) -> T:
         """Return the result of `make`, which only the writer calls, in all processes; or raise its error in all.
 
-        The result must be picklable. The other processes wait for as long as the writer takes.
+        The result must be picklable. The other processes wait for as long as the writer takes. `make` works as in a
+        single process: within it, `current` returns `ALONE`.
         """
         if self.alone:
             return make()
@@ -106,7 +116,8 @@ class World:
         mine: BaseException | None = None
         if self.is_writer:
             try:
-                message = [(make(), None)]
+                with alone():
+                    message = [(make(), None)]
             except BaseException as error:
                 message, mine = [(None, _sendable(error))], error
         dist.broadcast_object_list(message, src=0, group=self.group)
@@ -196,6 +207,17 @@ def joined() -> Iterator[World]:
         raise
     finally:
         _joined = ALONE
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Context manager in which this process works as if it were the only one, while the others wait for it."""
+    global _joined
+    outer, _joined = _joined, ALONE
+    try:
+        yield
+    finally:
+        _joined = outer
 
 
 def together(function: Callable[P, T]) -> Callable[P, T]:

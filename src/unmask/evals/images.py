@@ -6,10 +6,12 @@ an unreadable file is reported in a warning and left out.
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import numpy as np
 from torch import nn
@@ -23,10 +25,14 @@ from unmask.data.sources.list_file import LISTS
 from unmask.data.sources.source import Source
 from unmask.data.sources.tar_file import TARS
 from unmask.engine.device import choose_precision
+from unmask.engine.divided_batches import in_order, own_rows
 from unmask.engine.load import Loaded
+from unmask.engine.world import ALONE, World, current
 from unmask.errors import UserError
 from unmask.evals import feature_cache
 from unmask.evals.frozen_features import FeatureTable, collect_each
+
+T = TypeVar("T")
 
 EVAL_BATCH = 128
 MANY_IMAGES = 1024  # with more images, worker processes save more time than their start takes
@@ -54,22 +60,48 @@ def eval_precision(loaded: Loaded) -> str:
     return choose_precision(loaded.config.train.precision, loaded.device)[0]
 
 
-def read(
-    images: ReadableImages, rows: np.ndarray, workers: int, console: Console, bar: Bar | None = None
-) -> Iterator[Batch]:
-    """Yield batches of the images of `rows` in order, without unreadable images; finally list these in a warning.
+@dataclass(frozen=True)
+class _Seen(Generic[T]):
+    """What is kept of a batch: the rows of its readable images, its absent pixels, and the result (None if empty)."""
 
-    Raises UserError at the end when no image could be read.
+    rows: np.ndarray
+    absent_share: float
+    with_absent: int
+    result: T | None
+
+
+def each_batch(
+    compute: Callable[[Batch], T],
+    images: ReadableImages,
+    rows: np.ndarray,
+    workers: int,
+    console: Console,
+    bar: Bar | None = None,
+    *,
+    world: World | None = None,
+) -> Iterator[T]:
+    """Yield `compute(batch)` for batches of the images of `rows` in order, without unreadable images.
+
+    Finally lists unreadable images in a warning. The processes of `world` (None: all) divide the batches among them,
+    and the results are yielded in the writer only. Raises UserError at the end when no image could be read.
     """
+    world = current() if world is None else world
+
+    def computed(batch: Batch) -> _Seen[T]:
+        share, with_absent = 0.0, 0
+        if len(batch) and batch.valid is not None:
+            each = 1 - batch.valid.float().mean((1, 2))
+            share, with_absent = float(each.sum()), int((each > 0).sum())
+        return _Seen(batch.index.numpy(), share, with_absent, compute(batch) if len(batch) else None)
+
+    batches = eval_batches(images, own_rows(rows, EVAL_BATCH, world), batch=EVAL_BATCH, workers=workers)
     seen: list[np.ndarray] = []
     share, with_absent = 0.0, 0
-    for number, batch in enumerate(eval_batches(images, rows, batch=EVAL_BATCH, workers=workers), 1):
-        if len(batch):
-            seen.append(batch.index.numpy())
-            if batch.valid is not None:
-                each = 1 - batch.valid.float().mean((1, 2))
-                share, with_absent = share + float(each.sum()), with_absent + int((each > 0).sum())
-            yield batch
+    for number, one in enumerate(in_order(map(computed, batches), math.ceil(len(rows) / EVAL_BATCH), world), 1):
+        seen.append(one.rows)
+        share, with_absent = share + one.absent_share, with_absent + one.with_absent
+        if one.result is not None:
+            yield one.result
         if bar is not None:
             bar.update(min(number * EVAL_BATCH, len(rows)))
     if with_absent:
@@ -77,13 +109,24 @@ def read(
             f"{images.source.name}: {share / len(rows):.1%} of the pixels are absent, in {with_absent} of {len(rows)} "
             "images; replaced by the mean of the training data"
         )
-    bad = np.setdiff1d(rows, np.concatenate(seen)) if seen else rows
+    world.on_writer(lambda: _report_unreadable(images, rows, np.concatenate([rows[:0], *seen]), console))
+
+
+def read(
+    images: ReadableImages, rows: np.ndarray, workers: int, console: Console, bar: Bar | None = None
+) -> Iterator[Batch]:
+    """Yield batches of the images of `rows` in order in each process that calls this; see `each_batch`."""
+    return each_batch(lambda batch: batch, images, rows, workers, console, bar, world=ALONE)
+
+
+def _report_unreadable(images: ReadableImages, rows: np.ndarray, seen: np.ndarray, console: Console) -> None:
+    bad = np.setdiff1d(rows, seen)
     if not len(bad):
         return
     faults = ((images.source.names[row], images.fault(row)) for row in bad[:NAMED_BAD_FILES].tolist())
     named = "; ".join(f"{name} ({fault})" for name, fault in faults)
     more = "" if len(bad) <= NAMED_BAD_FILES else f"; and {len(bad) - NAMED_BAD_FILES} more: `unmask check` lists all"
-    if not seen:
+    if not len(seen):
         raise UserError(f"none of the {len(rows)} files of {images.source.name} can be used: {named}{more}")
     console.warn(f"{images.source.name}: {len(bad)} of {len(rows)} cannot be used and are left out: {named}{more}")
 
