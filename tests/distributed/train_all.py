@@ -48,8 +48,21 @@ def digest(tensors: dict[str, torch.Tensor]) -> str:
     return found.hexdigest()
 
 
-def curve(recipe, kind, world, *, accumulation: int, clip: float | None, average: bool = False, bad: int = -1) -> dict:
-    """Return the losses, gradient norms and digests of weights. bad: step in which the last rank gets NaN."""
+def curve(
+    recipe,
+    kind,
+    world,
+    *,
+    accumulation: int,
+    clip: float | None,
+    average: bool = False,
+    bad: int = -1,
+    divide: bool = False,
+) -> dict:
+    """Return the losses, gradient norms and digests of weights. bad: step in which the last rank gets NaN.
+
+    divide: see `Distributed.divide_gradients`.
+    """
     settings = [f"optim.clip={'none' if clip is None else clip}", f"optim.average={0.9 if average else 'none'}"]
     config = override(shrunk(recipe), settings)
     sharded = kind in ("fsdp", "hsdp")
@@ -58,7 +71,7 @@ def curve(recipe, kind, world, *, accumulation: int, clip: float | None, average
     batch = absent_and_ignored(drawn())
     if first.num_prepare:
         first.prepare(batch.images)
-    distributed = distribute(method, kind, world, precision="fp32", device="cpu")
+    distributed = distribute(method, kind, world, precision="fp32", device="cpu", divide_gradients=divide)
     hand_out(method.state_dict(), first.state_dict(), world) if not world.alone else method.load_state_dict(
         first.state_dict()
     )
@@ -102,6 +115,7 @@ def main() -> None:
                 if 8 // case["accumulation"] % (2 * world.size):
                     continue
                 found[f"{recipe}, {name}"] = curve(recipe, kind, world, **case, average=name != "whole")
+        found["mae_nano, divided"] = curve("mae_nano", kind, world, accumulation=2, clip=0.5, average=True, divide=True)
         found["mae_nano, again"] = curve("mae_nano", kind, world, accumulation=1, clip=None)
         found["mae_nano, not finite"] = curve("mae_nano", kind, world, accumulation=1, clip=None, bad=2)
         if world.is_writer:

@@ -10,8 +10,9 @@ from unmask.console import Console
 from unmask.engine import cluster_plan, make_plan
 from unmask.engine.choose_parallel import USABLE_SHARE
 from unmask.engine.cluster_plan import Cluster
-from unmask.engine.flops import typical_images
-from unmask.engine.recipe_costs import costs_and_plan, print_costs
+from unmask.engine.flops import build_unallocated, typical_images
+from unmask.engine.parallel_costs import Model
+from unmask.engine.recipe_costs import costs_and_plan, print_costs, recipe_costs
 from unmask.recipes.catalogue import find
 
 GIB = 2**30
@@ -20,6 +21,11 @@ NANO = ("train.batch_size=96",)
 
 def planned(*settings, recipe="mae_nano", verify=False, **cluster):
     return costs_and_plan(recipe, settings=(*NANO, *settings), cluster=Cluster(**cluster), verify=verify)[1]
+
+
+def model_of(recipe):
+    config = find(recipe)
+    return Model.of(build_unallocated(config, typical_images(config)))
 
 
 def gib(plan, *, images):
@@ -40,13 +46,22 @@ def test_memory_decides_about_the_micro_batch():
     assert (none.images, none.largest_images, none.fits) == (1, 0, False)
 
 
-def test_fewer_images_fit_while_gradients_accumulate_under_fsdp():
+def test_gradients_are_divided_after_each_micro_batch_if_whole_ones_do_not_fit(capsys):
     plan = planned("train.parallel=fsdp", gpus=8)
     assert (plan.images, plan.memory.accumulated) == (12, 0)
-    less = planned("train.parallel=fsdp", gpus=8, memory=gib(plan, images=11))
-    assert less.memory.accumulated > 0
-    assert less.largest_images == 11
-    assert less.images < 11
+    whole = 4 * sum(s.numel for b in model_of("mae_nano").blocks for s in b if s.trainable)
+    room = whole / USABLE_SHARE / GIB
+    set_to_6 = ("train.parallel=fsdp", "train.micro_batch=48")
+    enough = planned(*set_to_6, gpus=8, memory=gib(plan, images=6) + room)
+    assert (enough.memory.accumulated, enough.divide_gradients, enough.fits) == (whole, False, True)
+    for settings, images in ((set_to_6, 6), (("train.parallel=fsdp",), 11)):
+        less = planned(*settings, gpus=8, memory=gib(plan, images=images))
+        assert (less.memory.accumulated, less.divide_gradients, less.fits) == (0, True, True)
+        assert (less.images, less.accumulation) == (enough.images, enough.accumulation) == (6, 2)
+        assert less.traffic.reduce_scatter == 2 * enough.traffic.reduce_scatter
+        assert less.traffic.all_gather == enough.traffic.all_gather
+    print_costs(recipe_costs("mae_nano", settings=NANO), Console(), less)
+    assert "gradients are divided after each micro-batch" in capsys.readouterr().err
 
 
 def test_settings_are_used():
@@ -145,7 +160,7 @@ def test_text_states_engine_memory_traffic_and_that_the_speed_is_unknown(capsys)
         "images/s: unknown; give the speed of one GPU",
     ):
         assert words in err
-    show(*costs_and_plan("mae_nano", settings=NANO, cluster=Cluster(gpus=4, memory=0.02)))
+    show(*costs_and_plan("mae_nano", settings=NANO, cluster=Cluster(gpus=4, memory=0.01)))
     assert "this does not fit; use " in capsys.readouterr().err
 
 
@@ -161,6 +176,9 @@ def test_training_takes_the_same_engine_and_micro_batch(monkeypatch):
         facts = make_plan.model_facts(config, spec, "bf16", "cpu")
         facts = dataclasses.replace(facts, bytes_per_image=expected.bytes_per_image)  # measured with fused attention
         processes = make_plan.Processes(8, 4)
-        engine, _, fit = make_plan.choose_engine(config, facts, "bf16", "cuda", processes)
+        division = make_plan.divide(config, facts, "bf16", "cuda", processes)
+        fit = division.images_that_fit
         micro, _ = make_plan.choose_micro_batch(config, facts.bytes_per_image, "cuda", processes, fit)
-        assert (engine, micro // 8) == (expected.engine, expected.images)
+        assert (division.engine, micro // 8) == (expected.engine, expected.images)
+        fields = make_plan.division_of_steps(division, 96, micro)
+        assert fields["divide_gradients"] == expected.divide_gradients

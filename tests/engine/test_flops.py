@@ -167,7 +167,7 @@ def test_costs_are_printed(capsys):
         "3.29 x",
         "61.08 + 5.25 to 14.92 + 5.25 GMACs",
         "8.6% of",
-        "on 64 GPUs 64 images",
+        "on 64 GPUs, images of each per step: 64",
         "training with the published code takes",
     ):
         assert text in said

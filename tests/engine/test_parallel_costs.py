@@ -11,13 +11,14 @@ from torch import nn
 from unmask.config import override
 from unmask.engine import fake_ranks
 from unmask.engine.build import build_method
+from unmask.engine.choose_parallel import Devices
 from unmask.engine.cluster_plan import Cluster
 from unmask.engine.compile import BLOCKS
 from unmask.engine.device import autocast
 from unmask.engine.fake_ranks import fake_group, fake_tensors, move_to_fake_cpu, sharded_bytes
 from unmask.engine.flops import build_unallocated, typical_images
 from unmask.engine.measure import bytes_per_image, example_batch
-from unmask.engine.parallel_costs import Model, Shard, cast_bytes, pass_sizes, rank_memory, traffic
+from unmask.engine.parallel_costs import Kept, Model, Shard, cast_bytes, pass_sizes, rank_memory, traffic
 from unmask.engine.recipe_costs import costs_and_plan, stand_in_tokenizer
 from unmask.engine.sharding import mesh_of, shard
 from unmask.engine.world import World
@@ -46,8 +47,8 @@ def persistent(memory):
     return {"parameters": memory.parameters, "gradients": memory.gradients, "moments": memory.moments}
 
 
-def costs(model, engine, nodes, gpus, **more):
-    return rank_memory(model, engine, nodes=nodes, gpus=gpus, **{"precision": "bf16", **more})
+def costs(model, engine, nodes, gpus, *, whole_gradients=False, **kept):
+    return rank_memory(model, engine, Devices(0, nodes, gpus), Kept(**kept), whole_gradients=whole_gradients)
 
 
 @pytest.mark.parametrize(("recipe", "settings"), RECIPES)
@@ -57,6 +58,15 @@ def costs(model, engine, nodes, gpus, **more):
 def test_sizes_are_those_of_torch(recipe, settings, engine, nodes, gpus):
     expected = costs(Model.of(unallocated(recipe, settings)), engine, nodes, gpus)
     assert sharded_bytes(unallocated(recipe, settings), engine, nodes, gpus) == persistent(expected)
+
+
+def test_positions_and_tokens_are_divided_among_the_gpus_of_a_node():
+    model = Model.of(unallocated("mae_huge"))
+    single = [shard for shard in model.root if shard.shape[0] == 1 and len(shard.shape) > 1]
+    assert {shard.shape for shard in single} >= {(1, 1, 1280), (1, 1, 512)}
+    for parameter in single:
+        assert parameter.part(8) == parameter.numel // 8
+        assert parameter.part(4096) == parameter.numel, "no dimension is a multiple of 4,096"
 
 
 def test_a_wrong_number_of_gpus_is_noticed():
@@ -175,13 +185,13 @@ def test_memory_of_a_small_model_by_hand():
     root, trained, block = 4 * 4 * (6 + 4), 4 * 4 * 4, 4 * 13
     assert fsdp.gathered == root + 2 * trained + block * (2 * 2 + 2 + 4)
     assert fsdp.total == sum(vars(fsdp).values())
-    assert costs(SMALL, "fsdp", 1, 4, accumulation=2).accumulated == 4 * 86
+    assert costs(SMALL, "fsdp", 1, 4, whole_gradients=True).accumulated == 4 * 86
     assert costs(SMALL, "fsdp", 1, 4, moments=1).moments == fsdp.gradients
 
 
 def test_traffic_of_a_small_model_by_hand():
     def sent(engine, nodes, gpus, **more):
-        return traffic(SMALL, engine, nodes=nodes, gpus=gpus, precision="bf16", **more)
+        return traffic(SMALL, engine, Devices(0, nodes, gpus), Kept(), **more)
 
     ddp = sent("ddp", 1, 4)
     assert (ddp.all_reduce, ddp.total, ddp.between_nodes) == (2 * 3 * 4 * 96 // 4, 2 * 3 * 4 * 96 // 4, 0)
@@ -193,11 +203,15 @@ def test_traffic_of_a_small_model_by_hand():
     assert fsdp.reduce_scatter == 3 * 4 * (2 * 13 + 4)
     more = sent("fsdp", 1, 4, accumulation=5)
     assert (more.all_gather, more.reduce_scatter) == (5 * fsdp.all_gather, fsdp.reduce_scatter)
+    more = sent("fsdp", 1, 4, accumulation=5, divide_gradients=True)
+    assert (more.all_gather, more.reduce_scatter) == (5 * fsdp.all_gather, 5 * fsdp.reduce_scatter)
     assert sent("fsdp", 2, 2).between_nodes == fsdp.total
     hsdp = sent("hsdp", 3, 4)
     assert (hsdp.all_gather, hsdp.reduce_scatter) == (fsdp.all_gather, fsdp.reduce_scatter)
     assert hsdp.all_reduce == 2 * 2 * 4 * 30 // 3
     assert hsdp.between_nodes == 4 * hsdp.all_reduce
+    more = sent("hsdp", 3, 4, accumulation=5, divide_gradients=True)
+    assert (more.reduce_scatter, more.all_reduce) == (5 * hsdp.reduce_scatter, hsdp.all_reduce)
 
 
 def test_process_group_is_left_and_missing_parts_are_explained(monkeypatch):

@@ -7,6 +7,8 @@ node holds the whole model, so that only gradients cross the network between nod
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 Engine = Literal["ddp", "fsdp", "hsdp"]
@@ -17,12 +19,38 @@ LEAST_IMAGES = 8  # images per forward pass and rank that must fit; with fewer, 
 GATHERED_BLOCKS = 2  # blocks whose parameters are whole at the same time under fsdp: one in use, one being gathered
 
 
-def state_bytes(parameters: int, trainable: int, *, moments: int = 2, average: bool = False) -> int:
-    """Return the bytes of a model in float32: parameters, gradients, moments and the moving average of the weights.
-
-    moments: numbers that the optimiser stores per trainable parameter (AdamW: 2, LARS: 1).
+@dataclass(frozen=True)
+class Devices:
+    """Devices with one rank each. usable: bytes of each that training may use. nodes, gpus: number of nodes, and of
+    devices in each node.
     """
-    return FLOAT32 * (parameters + trainable * (1 + moments + average))
+
+    usable: int
+    nodes: int
+    gpus: int
+
+    @property
+    def count(self) -> int:
+        return self.nodes * self.gpus
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Bytes that a device needs in training.
+
+    state: by engine, everything but activations, including what is gathered for a while. activations: those of a pass
+    over `images` images. copies: whether ddp keeps bfloat16 copies of the weights. blocks: whether there are
+    transformer blocks, which could recompute their activations.
+    """
+
+    state: Mapping[Engine, int]
+    images: int
+    activations: int
+    copies: bool = False
+    blocks: bool = False
+
+    def total(self, engine: Engine) -> int:
+        return self.state[engine] + self.activations
 
 
 def num_shards(engine: Engine, ranks: int, ranks_per_node: int) -> int:
@@ -34,62 +62,48 @@ def num_shards(engine: Engine, ranks: int, ranks_per_node: int) -> int:
     return ranks_per_node if 1 < ranks_per_node < ranks else max(1, ranks // 2)
 
 
-def choose_parallel(
-    *,
-    parameters: int,
-    trainable: int,
-    bytes_per_image: int,
-    memory: int,
-    ranks: int,
-    ranks_per_node: int,
-    images: int = LEAST_IMAGES,
-    moments: int = 2,
-    average: bool = False,
-    largest_block: int = 0,
-    copies: int = 0,
-    root_copies: int = 0,
-) -> tuple[Engine, str]:
+def divided_dimension(shape: Sequence[int], shards: int) -> int:
+    """Return the dimension along which a parameter is divided: the first, unless it is too short for all ranks.
+
+    torch pads the first dimension to a multiple of `shards`, so some ranks would hold a whole position embedding (1,
+    197, 768) or token (1, 1, 768), and gather it `shards` times. It divides other dimensions without padding only.
+    """
+    if shape and shape[0] >= shards:
+        return 0
+    even = [dimension for dimension in range(1, len(shape)) if shape[dimension] % shards == 0]
+    return max(even, key=lambda dimension: shape[dimension], default=0)
+
+
+def choose_parallel(needs: Needs, devices: Devices) -> tuple[Engine, str]:
     """Return (engine, reason) for `train.parallel=auto`: the engine with the least traffic that fits.
 
-    parameters, trainable: number of all and of trainable parameters. bytes_per_image: memory that an image needs in a
-    forward and backward pass. memory: bytes of one device that training may use. ranks, ranks_per_node: number of
-    processes, one per device, in all and on each node. images: images per forward pass and rank that must fit at least;
-    more than LEAST_IMAGES count as LEAST_IMAGES. moments, average: see `state_bytes`. largest_block: parameters of the
-    largest transformer block, which are whole in memory while it is computed (0: there are no blocks).
-    copies: bytes of the bfloat16 copies of all weights, which ddp keeps. root_copies: bytes of those of the weights
-    outside blocks, which fsdp and hsdp keep.
+    If none fits, it is the one that needs the least memory.
     """
-    if ranks == 1:
+    if devices.count == 1:
         return "ddp", "ddp: one process, so nothing is divided"
-    images = max(1, min(images, LEAST_IMAGES))
-    state, activations = state_bytes(parameters, trainable, moments=moments, average=average), images * bytes_per_image
-    gathered = FLOAT32 * GATHERED_BLOCKS * largest_block
-    whole = state + copies + activations
-    kept = "model, gradients and moments" + (" with bfloat16 copies" if copies else "")
-    needs = (
-        f"{kept} ({size(state + copies)}) and activations of {images} "
-        f"{'image' if images == 1 else 'images'} ({size(activations)})"
+    kept = "model, gradients and moments" + (" with bfloat16 copies" if needs.copies else "")
+    what = (
+        f"{kept} ({size(needs.state['ddp'])}) and activations of {needs.images} "
+        f"{'image' if needs.images == 1 else 'images'} ({size(needs.activations)})"
     )
-    have = f"{size(memory)} usable per device"
-    if whole <= memory:
-        return "ddp", f"ddp: {needs} fit each device; {have}"
-    nodes = ranks // ranks_per_node
-    within = -(-state // ranks_per_node) + gathered + root_copies + activations
-    if nodes > 1 and ranks_per_node > 1 and within <= memory:
-        return "hsdp", (
-            f"hsdp: {needs} do not fit one device, but divided among the {ranks_per_node} of a node they need "
-            f"{size(within)} each; {have}"
-        )
-    among = -(-state // ranks) + gathered + root_copies + activations
-    if among <= memory:
-        place = f"the {ranks} of the node" if nodes <= 1 else f"all {ranks}"
-        return (
-            "fsdp",
-            f"fsdp: {needs} do not fit one device, but divided among {place} they need {size(among)} each; {have}",
-        )
-    return "fsdp", (
-        f"fsdp: {needs} need {size(among)} on each device even if divided among all {ranks}; {have}, so expect to run "
-        f"out of memory; use {'train.recompute=true, ' if largest_block else ''}more devices or smaller images"
+    have = f"{size(devices.usable)} usable per device"
+    if needs.total("ddp") <= devices.usable:
+        return "ddp", f"ddp: {what} fit each device; {have}"
+    places: dict[Engine, str] = {
+        "fsdp": f"all {devices.count}" if devices.nodes > 1 else f"the {devices.gpus} of the node"
+    }
+    if devices.nodes > 1 and devices.gpus > 1:
+        places = {"hsdp": f"the {devices.gpus} of a node", **places}
+    for engine, place in places.items():
+        if (need := needs.total(engine)) <= devices.usable:
+            return engine, (
+                f"{engine}: {what} do not fit one device, but divided among {place} they need {size(need)} each; {have}"
+            )
+    engine = min(places, key=needs.total)
+    return engine, (
+        f"{engine}: {what} need {size(needs.total(engine))} on each device even if divided among {places[engine]}; "
+        f"{have}, so expect to run out of memory; use {'train.recompute=true, ' if needs.blocks else ''}more devices "
+        "or smaller images"
     )
 
 

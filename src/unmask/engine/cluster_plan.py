@@ -6,17 +6,16 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from functools import partial
 from typing import Any
 
 from unmask.batch import ImageSpec
 from unmask.config import Config, ConfigError
 from unmask.console import Console, duration
-from unmask.engine.choose_parallel import USABLE_SHARE, Engine, size
+from unmask.engine.choose_parallel import USABLE_SHARE, Devices, Engine, size
 from unmask.engine.fake_ranks import sharded_bytes
 from unmask.engine.flops import Flops, build_unallocated
 from unmask.engine.make_plan import largest_micro_batch, wanted_micro_batch
-from unmask.engine.parallel_costs import Devices, Division, Model, RankMemory, Traffic, pass_sizes, traffic
+from unmask.engine.parallel_costs import Division, Model, RankMemory, Traffic, pass_sizes, traffic
 
 GPU_MEMORY = 80.0  # GiB of an A100 or H100, the default of `unmask plan`
 
@@ -68,10 +67,10 @@ class Throughput:
 class ClusterPlan:
     """The plan of a training on a cluster; sizes are bytes of one GPU.
 
-    usable: share of the memory that training may use. images: images per micro-batch and GPU. largest_images: most
-    images that fit without accumulation. memory, activations: bytes without the images of a micro-batch, and of these.
-    exact: result of `verify`, or None if it was not asked for. num_blocks: number of transformer blocks. recompute: the
-    setting train.recompute.
+    usable: share of the memory that training may use. images: images per micro-batch and GPU. divide_gradients: whether
+    gradients are divided after each micro-batch. largest_images: most images that fit without accumulation. memory,
+    activations: bytes without the images of a micro-batch, and of these. exact: result of `verify`, or None if it was
+    not asked for. num_blocks: number of transformer blocks. recompute: the setting train.recompute.
     """
 
     cluster: Cluster
@@ -81,6 +80,7 @@ class ClusterPlan:
     usable: int
     images: int
     accumulation: int
+    divide_gradients: bool
     bytes_per_image: int
     largest_images: int
     memory: RankMemory
@@ -113,6 +113,7 @@ class ClusterPlan:
             "images_per_micro_batch": self.images,
             "largest_micro_batch": self.largest_images,
             "accumulation": self.accumulation,
+            "divide_gradients": self.divide_gradients,
             "bytes_per_image": self.bytes_per_image,
             "memory": {**asdict(self.memory), "activations": self.activations, "peak": self.peak},
             "fits": self.fits,
@@ -141,28 +142,34 @@ def plan_cluster(
     model = Model.of(build_unallocated(config, images), sizes.cast)
     usable = int(USABLE_SHARE * cluster.memory * 2**30)
     division = Division(config, model, sizes.per_image, precision, Devices(usable, cluster.nodes, cluster.gpus))
-    engine, reason = division.choose_engine()
-    fit = partial(division.images_that_fit, engine)
-    micro = largest_micro_batch(config, cluster.size, fit) if wanted is None else wanted
-    accumulation = config.train.batch_size // micro
+    micro = largest_micro_batch(config, cluster.size, division.images_that_fit) if wanted is None else wanted
+    accumulation, share = config.train.batch_size // micro, micro // cluster.size
+    divide = division.divides_gradients(share, accumulation)
+    whole = accumulation > 1 and not divide
     sent = traffic(
-        model, engine, nodes=cluster.nodes, gpus=cluster.gpus, precision=precision, accumulation=accumulation
+        model,
+        division.engine,
+        division.devices,
+        division.kept,
+        accumulation=accumulation,
+        divide_gradients=divide,
     )
     return ClusterPlan(
         cluster=cluster,
         precision=precision,
-        engine=engine,
-        reason=reason,
+        engine=division.engine,
+        reason=division.reason,
         usable=usable,
-        images=micro // cluster.size,
+        images=share,
         accumulation=accumulation,
+        divide_gradients=divide,
         bytes_per_image=sizes.per_image,
-        largest_images=fit(1),
-        memory=division.memory(engine, accumulation),
-        activations=micro // cluster.size * sizes.per_image,
+        largest_images=division.images_that_fit(1),
+        memory=division.memory(whole_gradients=whole),
+        activations=share * sizes.per_image,
         traffic=sent,
         throughput=expected_speed(config, flops, cluster, sent),
-        exact=agrees_with_torch(config, images, division.memory(engine, 1), engine, cluster) if verify else None,
+        exact=agrees_with_torch(config, images, division) if verify else None,
         num_blocks=len(model.blocks),
         recompute=config.train.recompute,
     )
@@ -180,9 +187,10 @@ def expected_speed(config: Config, flops: Flops, cluster: Cluster, sent: Traffic
     return Throughput(rate * cluster.size, seconds, sent.between_nodes / seconds)
 
 
-def agrees_with_torch(config: Config, images: ImageSpec, memory: RankMemory, engine: Engine, cluster: Cluster) -> bool:
-    """Return whether torch allocates exactly the parameters, gradients and moments of `memory`."""
-    found = sharded_bytes(build_unallocated(config, images), engine, cluster.nodes, cluster.gpus)
+def agrees_with_torch(config: Config, images: ImageSpec, division: Division) -> bool:
+    """Return whether torch allocates exactly the parameters, gradients and moments of the division."""
+    memory, devices = division.memory(), division.devices
+    found = sharded_bytes(build_unallocated(config, images), division.engine, devices.nodes, devices.gpus)
     moments = 2 * memory.gradients  # `sharded_bytes` uses AdamW
     expected = {"parameters": memory.parameters, "gradients": memory.gradients, "moments": moments}
     return found == expected
@@ -201,6 +209,8 @@ def print_cluster_plan(plan: ClusterPlan, steps: int, console: Console) -> None:
         f"  batch of each GPU: {_count(batch, 'image')} in {_count(plan.accumulation, 'micro-batch', 'micro-batches')} "
         f"of {plan.images}; at most {plan.largest_images} would fit at once"
     )
+    if plan.divide_gradients:
+        console.print("  gradients are divided after each micro-batch, because whole gradients do not fit")
     console.print("  memory of each GPU:")
     rows = [
         ("parameters (float32)", memory.parameters, ""),
@@ -229,11 +239,8 @@ def print_cluster_plan(plan: ClusterPlan, steps: int, console: Console) -> None:
 
 def ways_to_fit(plan: ClusterPlan) -> list[str]:
     """Return changes that reduce the memory, the easiest first."""
-    cluster = plan.cluster
-    without = plan.largest_images * cluster.size
     return [
-        *([f"train.batch_size={without} (no accumulation)"] if plan.memory.accumulated and without else []),
-        *(["train.parallel=auto"] if plan.engine == "ddp" and cluster.size > 1 else []),
+        *(["train.parallel=auto"] if plan.engine == "ddp" and plan.cluster.size > 1 else []),
         *(["train.recompute=true"] if plan.num_blocks and not plan.recompute else []),
         "more GPUs or smaller images",
     ]

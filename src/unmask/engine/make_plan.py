@@ -5,18 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from unmask.batch import ImageSpec
 from unmask.config import Config, ConfigError
 from unmask.console import duration
 from unmask.data.decode.reading import EARLIER, Reading
 from unmask.engine.build import build_method
-from unmask.engine.choose_parallel import USABLE_SHARE, Engine
+from unmask.engine.choose_parallel import USABLE_SHARE, Devices
 from unmask.engine.device import choose_precision, free_memory
 from unmask.engine.measure import NO_TIME, Timing, bytes_per_image, time_steps
-from unmask.engine.parallel_costs import Devices, Division, Model
+from unmask.engine.parallel_costs import Division, Model
 from unmask.engine.time_budget import AIM, FEWEST_STEPS, USEFUL_STEPS, Budget
 from unmask.engine.training_plan import Plan
 from unmask.optim import peak_lr
@@ -174,18 +173,32 @@ def usable_memory(device: str, processes: Processes) -> int:
     return int(free_memory(device) * MEMORY_SHARE) // sharing
 
 
-def choose_engine(
-    config: Config, model: ModelFacts, precision: str, device: str, processes: Processes
-) -> tuple[Engine, str, Fit]:
-    """Return (how several processes divide the training, the reason as a sentence, images that then fit in memory)."""
-    usable = usable_memory(device, processes)
+def divide(config: Config, model: ModelFacts, precision: str, device: str, processes: Processes) -> Division | None:
+    """Return how several processes divide the training, or None if there is only one."""
     if processes.count == 1:
-        return "ddp", "", lambda _: usable // max(1, model.bytes_per_image)
+        return None
     nodes = max(1, processes.count // processes.on_this_host)
-    devices = Devices(usable, nodes, processes.count // nodes)
-    division = Division(config, model.groups, model.bytes_per_image, precision, devices)
-    engine, why = division.choose_engine()
-    return engine, why, partial(division.images_that_fit, engine)
+    devices = Devices(usable_memory(device, processes), nodes, processes.count // nodes)
+    return Division(config, model.groups, model.bytes_per_image, precision, devices)
+
+
+def fit_of(division: Division | None, model: ModelFacts, device: str, processes: Processes) -> Fit:
+    """Return how many images fit in the memory of a process; see `Fit`."""
+    if division is not None:
+        return division.images_that_fit
+    usable = usable_memory(device, processes)
+    return lambda _: usable // max(1, model.bytes_per_image)
+
+
+def division_of_steps(division: Division | None, batch: int, micro: int) -> dict[str, Any]:
+    """Return the fields of a `Plan` that state how its steps are divided into micro-batches and among processes."""
+    accumulation = batch // micro
+    fields: dict[str, Any] = {"micro_batch": micro, "accumulation": accumulation}
+    if division is None:
+        return fields | {"processes": 1, "parallel": "ddp", "divide_gradients": False}
+    count = division.devices.count
+    divided = division.divides_gradients(micro // count, accumulation)
+    return fields | {"processes": count, "parallel": division.engine, "divide_gradients": divided}
 
 
 def choose_steps(
@@ -278,7 +291,8 @@ def make_plan(
     precision, why_precision = choose_precision(config.train.precision, device)
     model = model_facts(config, dataset.spec, precision, device)
     require_divisible(config, processes.count)
-    engine, why_engine, fit = choose_engine(config, model, precision, device, processes)
+    division = divide(config, model, precision, device, processes)
+    fit = fit_of(division, model, device, processes)
     micro, why_micro = choose_micro_batch(config, model.bytes_per_image, device, processes, fit)
     share = micro // processes.count
 
@@ -297,14 +311,11 @@ def make_plan(
         steps=steps,
         warmup_steps=round(config.optim.warmup * steps),
         batch_size=batch_size,
-        micro_batch=micro,
-        accumulation=batch_size // micro,
+        **division_of_steps(division, batch_size, micro),
         peak_lr=peak,
         final_lr=config.optim.final_lr * peak,
         epochs=steps * batch_size / dataset.num_images,
         num_images=dataset.num_images,
-        processes=processes.count,
-        parallel=engine,
         images=dataset.spec,
         fingerprint=dataset.fingerprint,
         excluded=dataset.excluded,
@@ -326,7 +337,7 @@ def make_plan(
             *few_epochs(steps * batch_size, dataset.num_images, batch_size),
             *(() if any(why.startswith(f"{steps} steps:") for why in reasons) else (why_steps,)),
             why_micro,
-            *((why_engine,) if processes.count > 1 else ()),
+            *(() if division is None else (division.reason,)),
             why_precision,
             f"peak learning rate {peak:.3g}: base {config.optim.base_lr:.3g} x batch {batch_size} / 256",
         ),
@@ -360,11 +371,11 @@ def for_processes(plan: Plan, config: Config, processes: Processes) -> Plan:
     require_divisible(config, processes.count)
     unit = unit_of_batch(config, processes.count)
     model = model_facts(config, plan.images, plan.precision, plan.device)
-    engine, _, fit = choose_engine(config, model, plan.precision, plan.device, processes)
+    division = divide(config, model, plan.precision, plan.device, processes)
     micro = plan.micro_batch
+    fit = fit_of(division, model, plan.device, processes)
     most = max(1, fit(plan.batch_size // micro)) * processes.count
     if micro % unit or (micro > most and config.train.micro_batch is None):
         free = config.model_copy(update={"train": config.train.model_copy(update={"micro_batch": None})})
         micro, _ = choose_micro_batch(free, model.bytes_per_image, plan.device, processes, fit)
-    change = {"micro_batch": micro, "accumulation": plan.batch_size // micro, "parallel": engine}
-    return plan.model_copy(update={**change, "processes": processes.count})
+    return plan.model_copy(update=division_of_steps(division, plan.batch_size, micro))

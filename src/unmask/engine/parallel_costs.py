@@ -1,9 +1,9 @@
 """The memory and the traffic of one rank under DDP, FSDP2 and HSDP, by arithmetic on the shapes of the parameters.
 
-torch's `fully_shard` divides each parameter along its first dimension into parts of equal size, the last ones padded or
-empty. It gathers the parameters of a transformer block while the block is computed, and all other parameters, the
-"root", from the forward pass to the end of the backward pass. Master weights, gradients, moments and all reductions
-are float32; in bf16, blocks are gathered in bfloat16.
+torch's `fully_shard` divides each parameter along one dimension (`divided_dimension`) into parts of equal size, the
+last ones padded or empty. It gathers the parameters of a transformer block while the block is computed, and all other
+parameters, the "root", from the forward pass to the end of the backward pass. Master weights, gradients, moments and
+all reductions are float32; in bf16, blocks are gathered in bfloat16.
 
 Persistent sizes are exact (`fake_ranks.py` compares them with torch). Temporary sizes assume that one block is computed
 while the next is gathered. Traffic is that of ring algorithms, in bytes that one rank sends per optimiser step.
@@ -22,7 +22,17 @@ from torch import nn
 from unmask.batch import ImageSpec
 from unmask.config import Config
 from unmask.engine.build import build_method
-from unmask.engine.choose_parallel import FLOAT32, GATHERED_BLOCKS, Engine, choose_parallel, num_shards
+from unmask.engine.choose_parallel import (
+    FLOAT32,
+    GATHERED_BLOCKS,
+    LEAST_IMAGES,
+    Devices,
+    Engine,
+    Needs,
+    choose_parallel,
+    divided_dimension,
+    num_shards,
+)
 from unmask.engine.compile import BLOCKS
 from unmask.engine.device import autocast
 from unmask.engine.fake_ranks import fake_tensors, move_to_fake_cpu
@@ -50,8 +60,10 @@ class Shard:
 
     def part(self, shards: int) -> int:
         """Return how many numbers the first of `shards` ranks holds, which is the most that any rank holds."""
-        first, *rest = self.shape or (1,)
-        return -(-first // shards) * math.prod(rest)
+        if not self.shape:
+            return 1
+        length = self.shape[divided_dimension(self.shape, shards)]
+        return -(-length // shards) * (self.numel // length)
 
 
 @dataclass(frozen=True)
@@ -89,16 +101,30 @@ class Model:
         return (*self.root, *(shard for block in self.blocks for shard in block))
 
     @property
-    def parameters(self) -> int:
-        return sum(shard.numel for shard in self.all)
-
-    @property
     def trainable(self) -> int:
         return sum(shard.numel for shard in self.all if shard.trainable)
 
+
+@dataclass(frozen=True)
+class Kept:
+    """What a training keeps of each trainable parameter.
+
+    precision: "bf16" or "fp32". moments: numbers that the optimiser stores per parameter (AdamW: 2, LARS: 1). average:
+    whether there is a moving average of the weights.
+    """
+
+    precision: str = "bf16"
+    moments: int = 2
+    average: bool = False
+
+    @classmethod
+    def of(cls, config: Config, precision: str) -> Kept:
+        return cls(precision, 2 if config.optim.name == "adamw" else 1, config.optim.average is not None)
+
     @property
-    def largest_block(self) -> int:
-        return max((sum(shard.numel for shard in block) for block in self.blocks), default=0)
+    def gathered_bytes(self) -> int:
+        """Bytes of each number of a block that is gathered."""
+        return BFLOAT16 if self.precision == "bf16" else FLOAT32
 
 
 @dataclass(frozen=True)
@@ -139,24 +165,19 @@ class Traffic:
 
 
 def rank_memory(
-    model: Model,
-    engine: Engine,
-    *,
-    nodes: int,
-    gpus: int,
-    precision: str,
-    moments: int = 2,
-    average: bool = False,
-    accumulation: int = 1,
+    model: Model, engine: Engine, devices: Devices, kept: Kept, *, whole_gradients: bool = False
 ) -> RankMemory:
-    """Return the memory of rank 0, which holds the most. moments: numbers per trainable parameter (AdamW: 2)."""
-    shards = num_shards(engine, nodes * gpus, gpus)
+    """Return the memory of rank 0, which holds the most.
+
+    whole_gradients: whether gradients stay undivided between the micro-batches of a step under fsdp and hsdp.
+    """
+    shards = num_shards(engine, devices.count, devices.gpus)
     held = FLOAT32 * sum(shard.part(shards) for shard in model.all)
     trained = FLOAT32 * sum(shard.part(shards) for shard in model.all if shard.trainable)
     cast = model.all if engine == "ddp" else model.root
     gathered = accumulated = 0
     if engine != "ddp":
-        number = BFLOAT16 if precision == "bf16" else FLOAT32
+        number = kept.gathered_bytes
 
         def whole(group: tuple[Shard, ...], *, trainable: bool = False) -> int:
             return sum(shards * shard.part(shards) for shard in group if shard.trainable or not trainable)
@@ -171,55 +192,53 @@ def rank_memory(
             ),
             default=0,
         )
-        if accumulation > 1:
+        if whole_gradients:
             accumulated = FLOAT32 * sum(shard.numel for block in model.blocks for shard in block if shard.trainable)
     return RankMemory(
         parameters=held,
         gradients=trained,
-        moments=moments * trained,
-        average=trained if average else 0,
+        moments=kept.moments * trained,
+        average=trained if kept.average else 0,
         cast=sum(shard.cast for shard in cast),
         gathered=gathered,
         accumulated=accumulated,
     )
 
 
-def traffic(model: Model, engine: Engine, *, nodes: int, gpus: int, precision: str, accumulation: int = 1) -> Traffic:
+def traffic(
+    model: Model,
+    engine: Engine,
+    devices: Devices,
+    kept: Kept,
+    *,
+    accumulation: int = 1,
+    divide_gradients: bool = False,
+) -> Traffic:
     """Return the traffic of one optimiser step of `accumulation` micro-batches.
 
-    Gradients are reduced once per step. Parameters are gathered in each micro-batch: those of blocks for the forward
-    and for the backward pass, the others once. In a ring over all ranks, one rank per node sends to another node.
+    Gradients are reduced once per step. With divide_gradients, fsdp and hsdp divide them after each micro-batch (hsdp
+    still averages them over the nodes once). Parameters are gathered in each micro-batch: those of blocks for the
+    forward and for the backward pass, the others once. In a ring over all ranks, one rank per node sends to another
+    node.
     """
-    ranks = nodes * gpus
+    ranks, nodes, gpus = devices.count, devices.nodes, devices.gpus
     shards = num_shards(engine, ranks, gpus)
     if engine == "ddp":
         sent = 2 * (ranks - 1) * FLOAT32 * model.trainable // ranks
         return Traffic(0, 0, sent, sent if nodes > 1 else 0)
-    number = BFLOAT16 if precision == "bf16" else FLOAT32
     gather = FLOAT32 * sum(shard.part(shards) for shard in model.root)
     for block in model.blocks:
         passes = 2 if any(shard.trainable for shard in block) else 1
-        gather += passes * number * sum(shard.part(shards) for shard in block)
+        gather += passes * kept.gathered_bytes * sum(shard.part(shards) for shard in block)
     gather *= accumulation * (shards - 1)
     gradients = FLOAT32 * sum(shard.part(shards) for shard in model.all if shard.trainable)
-    scatter = (shards - 1) * gradients
+    scatter = (shards - 1) * gradients * (accumulation if divide_gradients else 1)
     replicas = ranks // shards
     reduce = 2 * (replicas - 1) * gradients // replicas
     between = 0
     if nodes > 1:
         between = gather + scatter if engine == "fsdp" else gpus * reduce
     return Traffic(gather, scatter, reduce, between)
-
-
-@dataclass(frozen=True)
-class Devices:
-    """Devices with one rank each. usable: bytes of each that training may use. nodes, gpus: number of nodes, and of
-    devices in each node.
-    """
-
-    usable: int
-    nodes: int
-    gpus: int
 
 
 @dataclass(frozen=True)
@@ -232,47 +251,61 @@ class Division:
     precision: str
     devices: Devices
 
-    def choose_engine(self) -> tuple[Engine, str]:
-        """Return (engine, reason): the setting, or the one with the least traffic that fits."""
-        config, devices = self.config, self.devices
-        if (wanted := config.train.parallel) != "auto":
+    @property
+    def engine(self) -> Engine:
+        return self._choice[0]
+
+    @property
+    def reason(self) -> str:
+        """The reason for the engine, as a sentence that begins with its name."""
+        return self._choice[1]
+
+    @cached_property
+    def _choice(self) -> tuple[Engine, str]:
+        """The setting, or the engine with the least traffic that fits."""
+        if (wanted := self.config.train.parallel) != "auto":
             return wanted, f"{wanted}: the setting train.parallel"
-        return choose_parallel(
-            parameters=self.model.parameters,
-            trainable=self.model.trainable,
-            bytes_per_image=self.bytes_per_image,
-            memory=devices.usable,
-            copies=sum(shard.cast for shard in self.model.all),
-            root_copies=sum(shard.cast for shard in self.model.root),
-            ranks=devices.nodes * devices.gpus,
-            ranks_per_node=devices.gpus,
-            images=config.train.batch_size // (devices.nodes * devices.gpus),
-            moments=moments_of(config),
-            average=config.optim.average is not None,
-            largest_block=self.model.largest_block,
+        engines: tuple[Engine, ...] = ("ddp", "hsdp", "fsdp")
+        needs = Needs(
+            state={engine: rank_memory(self.model, engine, self.devices, self.kept).total for engine in engines},
+            images=self.least_images,
+            activations=self.least_images * self.bytes_per_image,
+            copies=any(shard.cast for shard in self.model.all),
+            blocks=bool(self.model.blocks),
         )
+        return choose_parallel(needs, self.devices)
 
-    def memory(self, engine: Engine, accumulation: int) -> RankMemory:
-        """Return the memory of one rank without activations."""
-        return rank_memory(
-            self.model,
-            engine,
-            nodes=self.devices.nodes,
-            gpus=self.devices.gpus,
-            precision=self.precision,
-            moments=moments_of(self.config),
-            average=self.config.optim.average is not None,
-            accumulation=accumulation,
-        )
+    @property
+    def kept(self) -> Kept:
+        return Kept.of(self.config, self.precision)
 
-    def images_that_fit(self, engine: Engine, accumulation: int) -> int:
-        """Return the number of images of a micro-batch that fit one rank, if a step has this many micro-batches."""
-        return max(0, (self.devices.usable - self.memory(engine, accumulation).total) // self.bytes_per_image)
+    @property
+    def least_images(self) -> int:
+        """Images of a micro-batch that must fit each device."""
+        return max(1, min(self.config.train.batch_size // self.devices.count, LEAST_IMAGES))
 
+    def memory(self, *, whole_gradients: bool = False) -> RankMemory:
+        """Return the memory of one rank without activations; see `rank_memory`."""
+        return rank_memory(self.model, self.engine, self.devices, self.kept, whole_gradients=whole_gradients)
 
-def moments_of(config: Config) -> int:
-    """Return how many numbers the optimiser stores per trainable parameter."""
-    return 2 if config.optim.name == "adamw" else 1
+    def images_that_fit(self, accumulation: int) -> int:
+        """Return the number of images of a micro-batch that fit one rank, if a step has this many micro-batches.
+
+        Gradients stay whole between them, which needs the least traffic, unless too few images fit beside them.
+        """
+        beside_whole = self._images_beside(self.memory(whole_gradients=accumulation > 1))
+        return beside_whole if beside_whole >= self.least_images else self._images_beside(self.memory())
+
+    def divides_gradients(self, images: int, accumulation: int) -> bool:
+        """Return whether gradients are divided after each micro-batch of `images` images of one rank, because whole
+        gradients would not fit.
+        """
+        if self.engine == "ddp" or accumulation == 1:
+            return False
+        return images > self._images_beside(self.memory(whole_gradients=True))
+
+    def _images_beside(self, memory: RankMemory) -> int:
+        return max(0, (self.devices.usable - memory.total) // self.bytes_per_image)
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from unmask.batch import Batch
-from unmask.engine.choose_parallel import num_shards
+from unmask.engine.choose_parallel import divided_dimension, num_shards
 from unmask.engine.compile import BLOCKS
 from unmask.engine.world import ALONE, World
 from unmask.method import Clock, Loss, Method
@@ -36,13 +36,15 @@ Parallel = Literal["none", "ddp", "fsdp", "hsdp"]
 class Distributed:
     """A method that the processes of `world` compute together.
 
-    module: what DDP or FSDP2 has wrapped, or None. recorded: whether DDP has recorded which parameters have gradients.
+    module: what DDP or FSDP2 has wrapped, or None. divide_gradients: whether FSDP2 divides the gradients after each
+    micro-batch. recorded: whether DDP has recorded which parameters have gradients.
     """
 
     method: Method
     world: World = ALONE
     kind: Parallel = "none"
     module: nn.Module | None = None
+    divide_gradients: bool = False
     recorded: bool = False
 
     @property
@@ -61,7 +63,9 @@ class Distributed:
         """Context manager around forward and backward of a micro-batch.
 
         Gradients are averaged over the processes only in the last micro-batch of a step. In the first step DDP averages
-        in every micro-batch, while it records the graph; the result is the same.
+        in every micro-batch, while it records the graph; the result is the same. Until they are averaged, FSDP2 keeps
+        the whole gradients in every process; with `divide_gradients` each process keeps its share only, and HSDP
+        averages the shares over the hosts in the last micro-batch.
         """
         if self.kind == "ddp":
             assert isinstance(self.module, nn.parallel.DistributedDataParallel), "kind is ddp"
@@ -69,7 +73,8 @@ class Distributed:
                 return self.module.no_sync()
             self.recorded |= last
         if self.sharded:
-            self.module.set_requires_gradient_sync(last)  # type: ignore[union-attr, operator]
+            self.module.set_requires_gradient_sync(last or self.divide_gradients)  # type: ignore[union-attr, operator]
+            self.module.set_requires_all_reduce(last)  # type: ignore[union-attr, operator]
         return nullcontext()
 
 
@@ -85,10 +90,13 @@ class _LossTensors(nn.Module):
         return loss.value, loss.logs
 
 
-def distribute(method: Method, kind: Parallel, world: World, *, precision: str, device: str) -> Distributed:
+def distribute(
+    method: Method, kind: Parallel, world: World, *, precision: str, device: str, divide_gradients: bool = False
+) -> Distributed:
     """Distribute a method in place, and move it to the device.
 
-    Under FSDP2, parameters on the meta device get memory, but no values; see `hand_out`.
+    Under FSDP2, parameters on the meta device get memory, but no values; see `hand_out`. divide_gradients: see
+    `Distributed`.
     """
     if kind == "none":
         return Distributed(method.to(device))
@@ -113,7 +121,7 @@ def distribute(method: Method, kind: Parallel, world: World, *, precision: str, 
             value.copy_(buffers[name])
     else:
         module.to(device)
-    return Distributed(method, world, kind, module)
+    return Distributed(method, world, kind, module, divide_gradients)
 
 
 def mesh_of(kind: Parallel, world: World, device: str) -> Any:
@@ -133,13 +141,19 @@ def shard(module: nn.Module, mesh: Any, precision: str) -> None:
     Activations stay as in a single process, where autocast decides on their precision.
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    from torch.distributed.tensor import Shard
 
     plain = MixedPrecisionPolicy(cast_forward_inputs=False)
     half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
     halves = precision == "bf16" and mesh.device_type != "cpu"  # a CPU's layer norm needs float32 weights
+    shards = mesh.size(mesh.ndim - 1)
+
+    def place(parameter: nn.Parameter) -> Shard:
+        return Shard(divided_dimension(parameter.shape, shards))
+
     for block in [part for part in module.modules() if isinstance(part, BLOCKS)]:
-        fully_shard(block, mesh=mesh, mp_policy=half if halves else plain)
-    fully_shard(module, mesh=mesh, mp_policy=plain)
+        fully_shard(block, mesh=mesh, mp_policy=half if halves else plain, shard_placement_fn=place)
+    fully_shard(module, mesh=mesh, mp_policy=plain, shard_placement_fn=place)
 
 
 def recompute_blocks(method: nn.Module) -> int:

@@ -456,7 +456,14 @@ def build_distributed(config: Config, plan: Plan, console: Console, world: World
         console.warn(f"train.recompute has no effect: {config.method.name} has no transformer blocks")
     if config.train.compile:
         compile_or_explain(method, config, plan, console)
-    return distribute(method, kind, world, precision=plan.precision, device=plan.device)
+    return distribute(
+        method,
+        kind,
+        world,
+        precision=plan.precision,
+        device=plan.device,
+        divide_gradients=plan.divide_gradients,
+    )
 
 
 def compile_or_explain(method: Method, config: Config, plan: Plan, console: Console) -> None:

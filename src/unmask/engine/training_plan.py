@@ -29,6 +29,8 @@ class Plan(Settings):
     """All derived values of a run.
 
     processes: number of processes that train. parallel: engine that distributes the training over several processes.
+    divide_gradients: whether fsdp and hsdp divide the gradients after each micro-batch of a step, because whole
+    gradients do not fit in memory.
     fingerprint: digest of the names and sizes of the files. excluded: rows of the source that are not used for
     training. test_rows: excluded rows on which a supervised run is evaluated. held_out: excluded rows for the held-out
     loss of a pre-training run. test_every: steps between evaluations; 0 evaluates only at the end. annotations_digest:
@@ -52,6 +54,7 @@ class Plan(Settings):
     num_images: int
     processes: int = 1
     parallel: Literal["ddp", "fsdp", "hsdp"] = "ddp"
+    divide_gradients: bool = False
     images: ImageSpec
     fingerprint: str
     excluded: tuple[int, ...] = ()
