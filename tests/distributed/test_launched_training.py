@@ -1,6 +1,7 @@
 """A training under `unmask launch` goes on after a kill and after a stop; its weights are those of an unbroken run."""
 
 import hashlib
+import json
 import os
 import signal
 import subprocess
@@ -66,6 +67,10 @@ def unbroken(tmp_path_factory):
     with launched(folder, "unbroken") as process:
         finish(process)
     return folder
+
+
+def test_the_plan_is_made_for_both_processes(unbroken):
+    assert json.loads((unbroken / "unbroken/plan.json").read_text())["processes"] == 2
 
 
 def test_a_group_is_restarted_after_kill_9_and_the_weights_are_those_of_an_unbroken_run(unbroken):

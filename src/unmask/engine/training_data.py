@@ -120,11 +120,12 @@ def plan_training(request: TrainingRequest) -> tuple[ImageReader, Plan]:
 
     Nothing is written and no image is kept in memory yet.
     """
-    config = request.config
+    config, world = request.config, current()
+    processes = Processes(world.size, world.local_size)
     images, facts, image_reasons = choose_images(request)
 
     def plan() -> Plan:
-        loading, loading_reasons = choose_loading(request, images)
+        loading, loading_reasons = choose_loading(request, images, processes.on_this_host)
         return make_plan(
             config,
             facts,
@@ -132,10 +133,10 @@ def plan_training(request: TrainingRequest) -> tuple[ImageReader, Plan]:
             request.device,
             budget=request.budget,
             reasons=(*request.reasons, *image_reasons, *loading_reasons),
-            processes=Processes(current().size, current().local_size),
+            processes=processes,
         )
 
-    return images, current().from_writer(plan)
+    return images, world.from_writer(plan)
 
 
 def choose_images(request: TrainingRequest) -> tuple[ImageReader, DatasetFacts, tuple[str, ...]]:
@@ -172,9 +173,13 @@ def choose_images(request: TrainingRequest) -> tuple[ImageReader, DatasetFacts, 
     return images, facts, reasons
 
 
-def choose_loading(request: TrainingRequest, images: ImageReader) -> tuple[LoadingPlan, tuple[str, ...]]:
-    """Return how to load `images`, and why. The loading time is measured only if a budget requires it."""
-    processes = current().local_size
+def choose_loading(
+    request: TrainingRequest, images: ImageReader, processes: int
+) -> tuple[LoadingPlan, tuple[str, ...]]:
+    """Return how to load `images`, and why. The loading time is measured only if a budget requires it.
+
+    processes: number of training processes on this host.
+    """
     data, decoded_bytes = request.config.data, request.scan.decoded_bytes * len(images.rows) * processes
     cached = data.cache
     if cached is None:

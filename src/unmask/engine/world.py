@@ -28,6 +28,7 @@ import socket
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import wraps
@@ -178,12 +179,13 @@ class World:
 ALONE = World()
 
 _joined: World = ALONE
+_apart: ContextVar[bool] = ContextVar("apart", default=False)  # each thread has its own value
 _pulse: Pulse | None = None
 
 
 def current() -> World:
-    """Return the processes that train together, `ALONE` outside `joined`."""
-    return _joined
+    """Return the processes that train together, `ALONE` outside `joined` and within `alone`."""
+    return ALONE if _apart.get() else _joined
 
 
 @contextmanager
@@ -196,7 +198,7 @@ def joined() -> Iterator[World]:
     global _joined
     if _joined is not ALONE or processes.launched() == 1:
         reject_other_launchers()
-        yield _joined
+        yield current()
         return
     _joined = _connect()
     try:
@@ -211,13 +213,15 @@ def joined() -> Iterator[World]:
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """Context manager in which this process works as if it were the only one, while the others wait for it."""
-    global _joined
-    outer, _joined = _joined, ALONE
+    """Context manager in which this thread works as if in a single process, while the other processes wait for it.
+
+    Other threads are not affected: a checkpoint may be written meanwhile, by all processes together.
+    """
+    token = _apart.set(True)
     try:
         yield
     finally:
-        _joined = outer
+        _apart.reset(token)
 
 
 def together(function: Callable[P, T]) -> Callable[P, T]:
