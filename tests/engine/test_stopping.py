@@ -24,7 +24,9 @@ from unmask.data.image_reader import ImageReader
 from unmask.data.loader import eval_batches, training_batches
 from unmask.data.sources.open_source import open_source
 from unmask.engine.continue_run import resume
+from unmask.engine.samples import read_baselines
 from unmask.errors import LoadingFailed, TrainingFailed, UserError
+from unmask.methods.mae import MAE
 from unmask.run import Run
 from unmask.system import processes, stalls
 from unmask.system.stop_requests import StopRequest, StopRequested, interrupts, stop_requests
@@ -356,6 +358,33 @@ def test_stop_during_a_wait_for_data_saves_a_checkpoint(images, tmp_path, monkey
     assert {row["step"]: row["loss"] for row in rows}.items() >= {
         row["step"]: row["loss"] for row in whole.metrics()
     }.items()
+
+
+@pytest.mark.parametrize("step", [0, 6, 12])
+def test_picture_that_a_stop_request_interrupts_is_drawn_after_the_resume(images, tmp_path, monkeypatch, step):
+    plain = [*SMALL_RUN, "train.steps=12", "train.picture_every=6", "data.held_out=4"]
+    whole = pretrain(images, recipe="mae_nano", out=tmp_path / "whole", settings=plain)
+    real = MAE.picture
+
+    def stopped(self, batch, clock):
+        if clock.step == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(self, batch, clock)
+
+    monkeypatch.setattr(MAE, "picture", stopped)
+    run = pretrain(images, recipe="mae_nano", out=tmp_path / "run", settings=plain)
+    status = run.read("status.json")
+    assert (status["state"], status["step"]) == ("stopped", step)
+    assert not (run.pictures / f"step-{step:08d}.png").exists()
+    monkeypatch.undo()
+    resume(run.path)
+    assert read_baselines(run) == read_baselines(whole)
+    assert [(row["step"], row.get("held_out_loss")) for row in run.metrics()] == [
+        (row["step"], row.get("held_out_loss")) for row in whole.metrics()
+    ]
+    assert sorted(path.name for path in run.pictures.iterdir()) == sorted(
+        path.name for path in whole.pictures.iterdir()
+    )
 
 
 def run_script(tmp_path: Path, code: str, *arguments: object, **environment: str) -> subprocess.CompletedProcess:

@@ -43,7 +43,7 @@ def measure(job: Job, evaluator: Evaluator, stop: StopRequest) -> dict[str, floa
             return evaluator(method)
 
     with job.whole_method() as method:
-        return job.world.from_writer(lambda: numbers(method))
+        return job.world.unless_stopped(stop, lambda: numbers(method))
 
 
 def evaluation_missing(job: Job, at: Position) -> bool:

@@ -16,6 +16,7 @@ from unmask.data.order import SampleIndices
 from unmask.engine.compile import uncompiled
 from unmask.engine.device import autocast
 from unmask.engine.job import Job, Position, log_row, report_failure
+from unmask.engine.pacing import picture_due
 from unmask.engine.training_plan import Plan
 from unmask.errors import TrainingFailed, UserError
 from unmask.method import Method
@@ -82,7 +83,7 @@ def draw_and_score(job: Job, samples: Samples, at: Position, stop: StopRequest) 
     anything is written.
     """
     with job.whole_method() as method:
-        job.world.from_writer(lambda: _draw_and_score(job, method, samples, at, stop))
+        job.world.unless_stopped(stop, lambda: _draw_and_score(job, method, samples, at, stop))
 
 
 @torch.no_grad()
@@ -115,6 +116,20 @@ def _draw_and_score(job: Job, method: Method, samples: Samples, at: Position, st
         record = replace(record, held_out_images=len(samples.held_out), held_out_losses=losses)
     with report_failure(job, job.run.path / BASELINES):
         job.run.write(BASELINES, to_json(record))
+
+
+def picture_missing(job: Job, at: Position) -> bool:
+    """Return whether a stop request interrupted the picture that was due after the last step."""
+    if at.step == 0 or not picture_due(job, at.step):
+        return False
+
+    def missing() -> bool:
+        try:
+            return all(step != at.step for step, _ in read_baselines(job.run).losses)
+        except (OSError, UserError):  # the run is older than the file, or the file is damaged
+            return False
+
+    return job.world.from_writer(missing)
 
 
 def read_baselines(run: Run) -> BaselineLosses:

@@ -51,7 +51,7 @@ from unmask.engine.pacing import (
     open_pacer,
     picture_due,
 )
-from unmask.engine.samples import Samples, draw_and_score
+from unmask.engine.samples import Samples, draw_and_score, picture_missing
 from unmask.engine.sharding import Distributed, distribute, recompute_blocks
 from unmask.engine.stream import loading_failures, open_stream
 from unmask.engine.supervision import Evaluator
@@ -193,7 +193,7 @@ class Loop:
         """Train to the last step of the plan or a stop request, and save. Raises StopRequested, TrainingFailed."""
         try:
             with self.job.console.progress("step", self.job.plan.steps, self.position.step) as bar:
-                self.repeat_interrupted_evaluation()
+                self.repeat_interrupted()
                 while self.position.step < self.job.plan.steps and not self.stopping:
                     self.take_step()
                     now = self.what_is_due()
@@ -217,13 +217,17 @@ class Loop:
         finally:
             self.stream.close()  # ends the loader's workers
 
-    def repeat_interrupted_evaluation(self) -> None:
-        """Repeat the evaluation during which the run was stopped, if any. Raises StopRequested."""
-        if self.evaluator is None or not evaluation_missing(self.job, self.position):
+    def repeat_interrupted(self) -> None:
+        """Repeat the picture and the evaluation during which the run was stopped, if any. Raises StopRequested."""
+        job, at = self.job, self.position
+        if picture_missing(job, at) and affordable(job, self.pacer, "picture", at):
+            with self.pacer.aside("picture"):
+                draw_and_score(job, self.samples, at, self.stop)
+        if self.evaluator is None or not evaluation_missing(job, at):
             return
-        if affordable(self.job, self.pacer, "evaluation", self.position):
+        if affordable(job, self.pacer, "evaluation", at):
             with self.pacer.aside("evaluation"):
-                evaluate(self.job, self.evaluator, self.position, self.stop)
+                evaluate(job, self.evaluator, at, self.stop)
 
     def take_step(self) -> None:
         """Launch one optimiser step, unless a stop is requested during the wait for its data.

@@ -10,7 +10,8 @@ Nothing may be decided by one process alone, because the others would wait for i
     stop requests, saving and logging by the clock     `engine/train.py`, `Loop.what_is_due`
     unreadable files, absent pixels                     `engine/stream.py`, for each micro-batch
     loss, gradient, non-finite steps, rollbacks         `engine/train.py`, `step` and `read`, on the device
-    pictures, evaluations, the number of steps          `engine/train.py`, by `from_writer`
+    pictures, evaluations, and stops during them        `engine/samples.py`, `evaluation.py`, by `unless_stopped`
+    the number of steps                                 `engine/train.py`, by `from_writer`
     the batches that each process evaluates             `engine/divided_batches.py`
     whether a checkpoint is complete                    `engine/checkpoint_writer.py`
     that a process is alive, and why it ended           `engine/pulse.py`
@@ -25,9 +26,11 @@ import os
 import pickle
 import platform
 import socket
+import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -45,11 +48,13 @@ from unmask.engine.versions import provenance_versions
 from unmask.errors import UserError
 from unmask.system import processes
 from unmask.system.processes import reject_other_launchers
+from unmask.system.stop_requests import StopRequest
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 COLLECTIVE = timedelta(minutes=30)  # limit of an operation on the device: as long as compiling the first step may take
+ASK = 0.05  # seconds between two questions whether a stop is requested, while the others wait for the writer
 FOREVER = timedelta(days=30)  # limit of a wait on the host; `Pulse` detects processes that have ended
 
 
@@ -135,6 +140,46 @@ class World:
         made: list[T] = []
         self.from_writer(lambda: made.append(make()))
         return made[0] if made else None
+
+    def unless_stopped(self, stop: StopRequest, make: Callable[[], T]) -> T:
+        """Return the result of `make` like `from_writer`, or raise StopRequested in all if any process is to stop.
+
+        A stop request in any process interrupts `make` in the writer, inside `stop.interruptible()`. If it arrives
+        later, `make` is completed.
+        """
+        if self.alone:
+            return make()
+        if not self.is_writer:
+            while not self.any(stop.requested, False)[1]:
+                time.sleep(ASK)
+            return self.from_writer(make)
+
+        def interruptible() -> T:
+            with self._others_asked(stop), stop.deciding():
+                return make()
+
+        return self.from_writer(interruptible)
+
+    @contextmanager
+    def _others_asked(self, stop: StopRequest) -> Iterator[None]:
+        """Context manager in which a thread of the writer passes stop requests of other processes on to `stop`."""
+        ended = threading.Event()
+
+        def ask() -> None:
+            with suppress(RuntimeError):  # the main thread will find that a connection is lost
+                last = False
+                while not last:
+                    last = ended.wait(ASK)
+                    if self.any(False, last)[0] and not stop.requested:
+                        stop.request_by_thread()
+
+        thread = threading.Thread(target=ask, name="unmask stop requests", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
 
     def mean(self, tensor: Tensor) -> Tensor:
         """Return the mean of a tensor over all processes, computed on its device. tensor: of the same shape in all."""

@@ -13,6 +13,7 @@ import signal
 import socket
 import threading
 import time
+from _thread import interrupt_main
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -58,6 +59,20 @@ class StopRequest:
             yield
         finally:
             self._interruptible = before
+
+    @contextmanager
+    def deciding(self) -> Iterator[None]:
+        """Context manager in which code can be interrupted, because the other processes wait for what this one does."""
+        before, self.postponed = self.postponed, False
+        try:
+            yield
+        finally:
+            self.postponed = before
+
+    def request_by_thread(self) -> None:
+        """Request a stop in the main thread, as if a signal had arrived. Another thread calls this."""
+        self.requested = True
+        interrupt_main(signal.SIGTERM)  # has no effect if the signal has no handler
 
     def request(self) -> None:
         """Request a stop. Signal handlers call this."""
