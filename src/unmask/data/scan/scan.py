@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -146,38 +147,71 @@ def scan(
     ignore_cache: also decode files whose results are in the scan cache.
     Open settings of `source.reading` are decided first; `Scan.applied_to` returns a source with these settings.
     """
-    start, began = time.monotonic(), time.time()
-    rows = np.arange(len(source))
-    if sample is not None and sample < len(rows):
-        rows = np.unique(np.linspace(0, len(rows) - 1, sample).astype(np.int64))
-    result = Scan(source.name, files=len(source), checked=len(rows))
-    result.reading, result.decisions = choose_reading(source, rows.tolist())
-    source = source.with_reading(result.reading)
-    known = load_records(source)
-    before = [] if known is None or ignore_cache else [known.at(np.flatnonzero(np.isin(known.rows, rows)))]
-    result.known = sum(map(len, before))
-    faults: dict[int, BadFile] = {}
-    seen = FileRecordsBuilder()
-    try:
-        todo = np.setdiff1d(rows, before[0].rows) if before else rows
-        for done, (row, found) in enumerate(_scan_files(source, todo, workers), result.known + 1):
-            if isinstance(found, BadImage):
-                faults[row] = BadFile(source.names[row], found.code, found.detail)
-            else:
-                seen.add(row, found)
-            if progress is not None and (done % CHUNK == 0 or done == len(rows)):
-                progress(done)
-    finally:  # also when interrupted, so that a long scan is not repeated
-        new = seen.build()
-        stale = known is not None and bool(np.isin(known.rows, list(faults)).any())
-        if stale or (len(new) and is_worth_storing(began)):
-            result.forgotten = store_records(source, _all_known(known, new, list(faults)), began)
-    records = joined([*before, new])
-    result.digests = np.zeros(len(source), np.uint64)
-    result.digests[records.rows] = records.digests
-    _summarise(result, source, records=records, faults=faults, channels=channels)
-    result.seconds = time.monotonic() - start
-    return result
+    work = ScanWork(source, sample=sample, ignore_cache=ignore_cache)
+    with work.stored():
+        for found in scan_files(work.source, work.rows, workers):
+            work.add(*found, progress)
+    return work.result(channels)
+
+
+class ScanWork:
+    """A scan whose files are read by the caller, in any order: `scan` reads them, or several processes do.
+
+    source: the source, decoded by the settings decided for it. rows: rows to read, without those in the scan cache.
+    """
+
+    def __init__(self, source: Source, *, sample: int | None, ignore_cache: bool) -> None:
+        self._start, self._began = time.monotonic(), time.time()
+        rows = np.arange(len(source))
+        if sample is not None and sample < len(rows):
+            rows = np.unique(np.linspace(0, len(rows) - 1, sample).astype(np.int64))
+        self._scan = Scan(source.name, files=len(source), checked=len(rows))
+        self._scan.reading, self._scan.decisions = choose_reading(source, rows.tolist())
+        self.source = source.with_reading(self._scan.reading)
+        self._known = load_records(self.source)
+        self._before: list[FileRecords] = []
+        if self._known is not None and not ignore_cache:
+            self._before = [self._known.at(np.flatnonzero(np.isin(self._known.rows, rows)))]
+        self._done = self._scan.known = sum(map(len, self._before))
+        self.rows = np.setdiff1d(rows, self._before[0].rows) if self._before else rows
+        self._faults: dict[int, BadFile] = {}
+        self._seen = FileRecordsBuilder()
+
+    def add(self, row: int, found: FileRecord | BadImage, progress: Callable[[int], object] | None = None) -> None:
+        """Add the result of one file. progress: called with the number of finished files now and then."""
+        if isinstance(found, BadImage):
+            self._faults[row] = BadFile(self.source.names[row], found.code, found.detail)
+        else:
+            self._seen.add(row, found)
+        self._done += 1
+        if progress is not None and (self._done % CHUNK == 0 or self._done == self._scan.checked):
+            progress(self._done)
+
+    @contextmanager
+    def stored(self) -> Iterator[None]:
+        """Context manager that stores the added results at the end, also when interrupted, so that a long scan is not
+        repeated.
+        """
+        try:
+            yield
+        finally:
+            known, new, bad = self._known, self._new(), list(self._faults)
+            stale = known is not None and bool(np.isin(known.rows, bad).any())
+            if stale or (len(new) and is_worth_storing(self._began)):
+                self._scan.forgotten = store_records(self.source, _all_known(known, new, bad), self._began)
+
+    def result(self, channels: int | None) -> Scan:
+        """Return the scan, after the results of all `rows` have been added. channels: see `scan`."""
+        result, source = self._scan, self.source
+        records = joined([*self._before, self._new()])
+        result.digests = np.zeros(len(source), np.uint64)
+        result.digests[records.rows] = records.digests
+        _summarise(result, source, records=records, faults=self._faults, channels=channels)
+        result.seconds = time.monotonic() - self._start
+        return result
+
+    def _new(self) -> FileRecords:
+        return joined([self._seen.build()])
 
 
 def num_cores() -> int:
@@ -192,10 +226,16 @@ def _all_known(known: FileRecords | None, new: FileRecords, bad: list[int]) -> F
     return joined([known.at(np.flatnonzero(~np.isin(known.rows, [*new.rows.tolist(), *bad]))), new])
 
 
-def _scan_files(source: Source, rows: np.ndarray, workers: int | None) -> Iterator[tuple[int, FileRecord | BadImage]]:
+def scan_files(
+    source: Source, rows: np.ndarray, workers: int | None, sharing: int = 1
+) -> Iterator[tuple[int, FileRecord | BadImage]]:
+    """Decode the files of these rows, in their order, and yield (row, the record or the error of its file).
+
+    workers: see `scan`. sharing: number of processes that share the cores of this machine.
+    """
     start, todo = time.monotonic(), rows.tolist()
     if workers is None:
-        workers = num_cores()
+        workers = max(1, num_cores() // sharing)
         for done, row in enumerate(todo):
             if workers > 1 and done and done % CHUNK == 0:
                 left = (time.monotonic() - start) / done * (len(todo) - done)
