@@ -36,7 +36,11 @@ class Checked:
 
 
 @command(
-    CheckRequest, panel=Panel.START, to_json=lambda checked: checked.summary, exit_code=lambda checked: checked.code
+    CheckRequest,
+    panel=Panel.START,
+    together=True,
+    to_json=lambda checked: checked.summary,
+    exit_code=lambda checked: checked.code,
 )
 def check(request: CheckRequest, console: Console) -> Checked:
     """Return the summary and the exit code."""

@@ -9,11 +9,11 @@ from typing import Any
 from unmask.config import DataConfig
 from unmask.console import Console, duration
 from unmask.data.scan.findings import file_kinds, is_plain
-from unmask.data.scan.scan import Scan, scan
+from unmask.data.scan.scan import Scan
 from unmask.data.sources.open_source import open_source
 from unmask.data.sources.source import Source
-from unmask.data.sources.tiff_samples import apply_reading
 from unmask.engine.device import choose_device
+from unmask.engine.divided_scan import read_as, scan_together
 from unmask.engine.image_size import consequence
 from unmask.engine.measure import Timing, time_steps
 from unmask.engine.plan_text import print_plan
@@ -25,6 +25,7 @@ from unmask.engine.training_data import (
     plan_training,
     skipped_files,
 )
+from unmask.engine.world import alone, joined
 from unmask.errors import listed
 
 NAMED_BAD_FILES = 20
@@ -43,23 +44,43 @@ def check_data(
     """Scan images, forecast their training and print both; return (exit code, summary).
 
     All files are read, even files in the scan cache. A later `unmask pretrain` finds them in the cache and need not
-    read them again.
+    read them again. Several processes divide the files among them; the forecast is for training in one process.
 
     sample: number of files to read (None: all). workers: number of processes that read files (0 or None: chosen by the
     number of files, as in `unmask pretrain`). settings: KEY=VALUE assignments, as for `unmask pretrain`.
     """
-    draft = draft_config(None, "auto", list(settings), None)
-    source = apply_reading(open_source(data, exclude), draft.data.reading)
-    with console.progress("checking files", min(len(source), sample or len(source))) as bar:
-        found = scan(
-            source,
-            sample=sample,
-            workers=workers or None,
-            channels=draft.data.channels,
-            ignore_cache=True,
-            progress=bar.update,
-        )
-    source = found.applied_to(source)
+    with joined() as world:
+        console = world.console(console)
+        draft = draft_config(None, "auto", list(settings), None)
+        source = read_as(open_source(data, exclude), draft.data.reading)
+        with console.progress("checking files", min(len(source), sample or len(source))) as bar:
+            found = scan_together(
+                source,
+                sample=sample,
+                workers=workers or None,
+                channels=draft.data.channels,
+                ignore_cache=True,
+                progress=bar.update,
+            )
+        named = [data] if isinstance(data, str) else list(data)
+
+        def on_writer() -> tuple[int, dict[str, Any]]:
+            with alone():
+                return report(found.applied_to(source), found, draft.train.device, console, named, settings, exclude)
+
+        return world.from_writer(on_writer)
+
+
+def report(
+    source: Source,
+    found: Scan,
+    device: str,
+    console: Console,
+    named: Sequence[str],
+    settings: Sequence[str],
+    exclude: Sequence[str],
+) -> tuple[int, dict[str, Any]]:
+    """Print the scan of `source` and the forecast, and return (exit code, summary). named: the data as given."""
     summary: dict[str, Any] = {
         "data": source.name,
         "files": found.files,
@@ -91,9 +112,7 @@ def check_data(
         return 2, summary
     for line in odd_image_warnings(source, found):
         console.warn(line)
-    summary |= forecast(
-        source, found, console=console, settings=list(settings), device=choose_device(draft.train.device)
-    )
+    summary |= forecast(source, found, console=console, settings=list(settings), device=choose_device(device))
     most = DataConfig().max_bad_fraction
     if found.bad_fraction > most:
         console.warn(
@@ -103,7 +122,6 @@ def check_data(
         return 2, summary
     options = [text for each in exclude for text in ("--exclude", each)]
     options += [text for each in settings for text in ("--set", each)]
-    named = [data] if isinstance(data, str) else list(data)
     console.print(f"train on these images with: {shlex.join(['unmask', 'pretrain', *named, *options])}")
     return 0, summary
 

@@ -10,7 +10,6 @@ import numpy as np
 from unmask.config import Config
 from unmask.console import Console
 from unmask.data.sources.open_source import open_source
-from unmask.data.sources.tiff_samples import apply_reading
 from unmask.engine import checkpoint, dataset_record, edit_run
 from unmask.engine.changed_data import (
     DataLocations,
@@ -21,6 +20,7 @@ from unmask.engine.changed_data import (
     recording_move,
 )
 from unmask.engine.device import choose_device
+from unmask.engine.divided_scan import read_as, require_same_files
 from unmask.engine.job import TrainingInputs
 from unmask.engine.load import read_config, read_plan
 from unmask.engine.make_plan import Processes, for_processes
@@ -68,12 +68,12 @@ def resume(
         if places is not None:
             config = places.applied(config)
         try:
-            source = apply_reading(open_source(config.data.source, config.data.exclude), plan.reading)
+            source = read_as(open_source(config.data.source, config.data.exclude), plan.reading)
         except SourceError as error:
             if places is not None:
                 raise
             raise SourceError(f"{error}; if the images have moved: unmask resume {run.path} --data NEW") from None
-        world.require_same("the images", source.fingerprint(), "give all hosts the same files")
+        require_same_files(source, world)
         config = config.model_copy(update={"data": config.data.model_copy(update={"source": source.data})})
         if found := dataset_record.compare(run, plan, source, console):
             if not allow_dataset_change:

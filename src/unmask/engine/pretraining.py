@@ -14,10 +14,10 @@ from unmask.config import Config, ConfigError, parse
 from unmask.console import Console
 from unmask.data.sources.open_source import open_source
 from unmask.data.sources.source import Source
-from unmask.data.sources.tiff_samples import apply_reading
 from unmask.engine import continue_run, initial_weights
 from unmask.engine.continue_or_start import ChosenFrom, Request, run_to_continue
 from unmask.engine.device import choose_device
+from unmask.engine.divided_scan import read_as
 from unmask.engine.pretrain_options import PretrainOptions
 from unmask.engine.resolve import (
     Facts,
@@ -75,7 +75,7 @@ def pretrain(
     device = choose_device(draft.train.device)
     if out is not None:
         Run.check_free(out)
-    source = apply_reading(open_source(data, options.exclude), draft.data.reading)
+    source = read_as(open_source(data, options.exclude), draft.data.reading)
     console.print(f"{source.name}: {len(source)} images found" + skipped_files(source))
     source, found = scan_source(source, draft, console)
     for line in odd_image_warnings(source, found):

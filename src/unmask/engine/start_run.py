@@ -28,7 +28,6 @@ from unmask.system.processes import require_main_guard
 def start_run(request: TrainingRequest, *, out: str | Path | None, console: Console) -> Run:
     """Make the plan, create the run, and train. Raises UserError, TrainingFailed."""
     world = current()
-    world.require_same("the images", request.source.fingerprint(), "give all hosts the same files")
     out, config = world.from_writer(lambda: (out, request.config))
     request = replace(request, config=config)
     source, found, split = request.source, request.scan, request.supervised

@@ -18,8 +18,9 @@ from unmask.data.loader import choose_workers
 from unmask.data.order import Order
 from unmask.data.scan.findings import findings
 from unmask.data.scan.odd_images import constant_line, mask_warnings
-from unmask.data.scan.scan import Scan, scan
+from unmask.data.scan.scan import Scan
 from unmask.data.sources.source import Source
+from unmask.engine.divided_scan import scan_together
 from unmask.engine.make_plan import DatasetFacts, LoadingPlan, Processes, make_plan
 from unmask.engine.measure import Timing
 from unmask.engine.resolve import require_statistics
@@ -66,9 +67,7 @@ def scan_source(source: Source, draft: Config, console: Console) -> tuple[Source
     source = source.with_reading(draft.data.reading)
     checked = min(len(source), draft.data.scan_sample or len(source))
     with console.progress("checking files", checked) as bar:
-        found = current().from_writer(
-            lambda: scan(source, sample=checked, channels=draft.data.channels, progress=bar.update)
-        )
+        found = scan_together(source, sample=checked, channels=draft.data.channels, progress=bar.update)
     if found.known:
         console.print(
             f"{found.known} of {found.checked} files are unchanged since they were last checked, and were not read "

@@ -5,7 +5,8 @@ them, the writer (rank 0), prints messages and writes the run; the others comput
 
 Nothing may be decided by one process alone, because the others would wait for it forever. What is agreed, and where:
 
-    the images, their scan, the settings, the plan     `engine/start_run.py`, by `from_writer` and `require_same`
+    the images and their scan                           `engine/divided_scan.py`
+    the settings and the plan of a run                  `engine/start_run.py`, by `from_writer`
     the checkpoint to continue from, its weights       `engine/training_state.py`
     stop requests, saving and logging by the clock     `engine/train.py`, `Loop.what_is_due`
     unreadable files, absent pixels                     `engine/stream.py`, for each micro-batch

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import struct
 from collections import Counter
+from collections.abc import Iterable
+from functools import partial
 
 import numpy as np
 
@@ -17,14 +19,15 @@ class TiffPagesSource(Source):
     """The rows of another source, with one row for each page of a TIFF; names get the suffixes #1 to #n.
 
     Levels of pyramids and masks do not count as pages. Every TIFF is read once to count its pages.
+
+    offsets_of: for each row of the other source, the offsets of its pages, see `page_offsets`.
     """
 
-    def __init__(self, of: Source) -> None:
+    def __init__(self, of: Source, offsets_of: Iterable[list[int]]) -> None:
         names: list[str] = []
         rows: list[int] = []
         offsets: list[int] = []
-        for row, name in enumerate(of.names):
-            pages = _offsets(of, row) if name.lower().endswith((".tif", ".tiff")) else [0]
+        for row, (name, pages) in enumerate(zip(of.names, offsets_of, strict=True)):
             names += [f"{name}#{number}" for number in range(1, len(pages) + 1)] if len(pages) > 1 else [name]
             rows += [row] * len(pages)
             offsets += pages
@@ -50,13 +53,22 @@ class TiffPagesSource(Source):
         return self.of.fingerprint()
 
 
-def apply_reading(source: Source, reading: Reading) -> Source:
-    """Return the source with its files decoded by `reading`; for data.pages=samples, with a row for every page."""
-    return (TiffPagesSource(source) if reading.pages == "samples" else source).with_reading(reading)
+def apply_reading(source: Source, reading: Reading, offsets_of: Iterable[list[int]] | None = None) -> Source:
+    """Return the source with its files decoded by `reading`; for data.pages=samples, with a row for every page.
+
+    offsets_of: the offsets of the pages of each row (None: they are read).
+    """
+    if reading.pages == "samples":
+        source = TiffPagesSource(
+            source, map(partial(page_offsets, source), range(len(source))) if offsets_of is None else offsets_of
+        )
+    return source.with_reading(reading)
 
 
-def _offsets(source: Source, row: int) -> list[int]:
+def page_offsets(source: Source, row: int) -> list[int]:
     """Return the offsets of a TIFF's page directories; [0] for other files and for files that cannot be read."""
+    if not source.names[row].lower().endswith((".tif", ".tiff")):
+        return [0]
     try:
         data = source.read(row)
         if data.startswith(TIFF_STARTS):
