@@ -18,7 +18,7 @@ from unmask.data.scan import scan_cache
 from unmask.data.sources.image_files import FilesSource
 from unmask.engine import check_data, divided_scan
 from unmask.engine.measure import Timing
-from unmask.engine.world import current, joined
+from unmask.engine.world import joined
 
 FOLDER = Path(sys.argv[1])
 CHECK = {

@@ -1,7 +1,6 @@
 """Several processes check and predict images like one process, and read every file once."""
 
 import json
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -9,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import write_images
 from corpus import file_of, noisy, npy, smooth, tiff
-from group import outputs, run_script, start, wait
+from group import run_script
 
 SCRIPT = Path(__file__).with_name("divided_group.py")
 
@@ -61,7 +60,7 @@ def reads(ranks: list[dict], name: str) -> Counter:
 @pytest.mark.parametrize("count", [2, 3])
 @pytest.mark.parametrize("name", ["all", "workers", "sample", "mostly bad", "pages"])
 def test_check_prints_and_stores_what_one_process_does(results, count, name):
-    folder, found = results
+    _, found = results
     (alone,), ranks = found[1], found[count]
     name = f"check {name}"
     assert alone[name]["err"]

@@ -13,8 +13,9 @@ from faults import faults, signal_after
 
 from unmask.config import ConfigError, override
 from unmask.console import Console
+from unmask.data.scan.scan import scan
 from unmask.engine import pretraining as pretrain_module
-from unmask.engine import resolve, run_training, training_data
+from unmask.engine import resolve, run_training
 from unmask.engine.continue_run import resume
 from unmask.engine.edit_run import set_values
 from unmask.engine.load import load
@@ -92,7 +93,7 @@ def test_settings_resolve_equally_from_a_recipe_and_from_a_run():
 @pytest.mark.parametrize("nothing", ["none", "null"])
 def test_auto_does_not_propose_steps_that_were_unset(images, nothing):
     source = pretrain_module.open_source(images)
-    found = training_data.scan(source)
+    found = scan(source)
     config, reasons, proposals = resolve.choose_config(
         source, found, "auto", [f"train.steps={nothing}"], "cpu", budget=None
     )
