@@ -25,7 +25,7 @@ from unmask.engine.training_data import (
     plan_training,
     skipped_files,
 )
-from unmask.engine.world import alone, joined
+from unmask.engine.world import joined
 from unmask.errors import listed
 
 NAMED_BAD_FILES = 20
@@ -64,11 +64,9 @@ def check_data(
             )
         named = [data] if isinstance(data, str) else list(data)
 
-        def on_writer() -> tuple[int, dict[str, Any]]:
-            with alone():
-                return report(found.applied_to(source), found, draft.train.device, console, named, settings, exclude)
-
-        return world.from_writer(on_writer)
+        return world.from_writer(
+            lambda: report(found.applied_to(source), found, draft.train.device, console, named, settings, exclude)
+        )
 
 
 def report(
