@@ -37,3 +37,8 @@ def measure(train, test, *, kind="knn", labelling, seed=0, targets=None, runs=()
         task=labelling.task, names=labelling.names, train_images=len(train_y), test_images=len(test_y), shared=shared,
         caveats=caveats_of(train_y, test_y, labelling, shared),
     )  # fmt: skip
+
+
+def over(batches):
+    """Return the function that `collect_each` calls, for batches that one process reads."""
+    return lambda compute: map(compute, batches)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from feature_tables import measure
+from feature_tables import measure, over
 
 from unmask.batch import Batch, ImageSpec
 from unmask.errors import UserError
@@ -43,13 +43,13 @@ def gpt(*, causal: bool, feature_layer: int | None = None) -> GPT:
 
 @pytest.mark.parametrize("encoder", [vit(), gpt(causal=True)], ids=["vit", "gpt"])
 def test_all_layers_in_one_pass_equal_each_layer_alone(encoder):
-    tables = collect_layers(View(encoder), batches(), device="cpu", precision="fp32")
+    tables = collect_layers(View(encoder), over(batches()), device="cpu", precision="fp32")
     assert len(tables) == 4
     for number, table in enumerate(tables):
-        alone = collect_each({"x": View(encoder, number)}, batches(), device="cpu", precision="fp32")["x"]
+        alone = collect_each({"x": View(encoder, number)}, over(batches()), device="cpu", precision="fp32")["x"]
         assert np.array_equal(alone.mean, table.mean)
         assert table.labels.tolist() == [0, 1] * 3
-    forward = collect_each({"x": encoder}, batches(), device="cpu", precision="fp32")["x"]
+    forward = collect_each({"x": encoder}, over(batches()), device="cpu", precision="fp32")["x"]
     usual = 1 if isinstance(encoder, GPT) else 3
     assert np.allclose(forward.mean, tables[usual].mean, atol=1e-6)
     assert not np.allclose(tables[1].mean, tables[2].mean, atol=1e-3)
@@ -63,13 +63,13 @@ def test_a_mask_depends_only_on_the_image_row_and_its_number():
 
     def seen(mask, data=None):
         view = View(encoder, 2, hide, mask)
-        return collect_each({"x": view}, data or batches(), device="cpu", precision="fp32")["x"].mean
+        return collect_each({"x": view}, over(data or batches()), device="cpu", precision="fp32")["x"].mean
 
     assert np.array_equal(seen(0), seen(0))
     assert not np.allclose(seen(0), seen(1), atol=1e-3)
     turned = [Batch(b.images.flip(0), b.index.flip(0), b.epoch, b.labels) for b in batches()]
     assert np.allclose(seen(0)[:4], seen(0, turned)[:4][::-1], atol=1e-6)
-    assert not np.allclose(seen(0), collect_each({"x": View(encoder, 2)}, batches(), device="cpu",
+    assert not np.allclose(seen(0), collect_each({"x": View(encoder, 2)}, over(batches()), device="cpu",
                                                  precision="fp32")["x"].mean, atol=1e-3)  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from feature_tables import over
 from torch import nn
 
 from unmask.batch import Batch, ImageSpec
@@ -26,7 +27,7 @@ def pixels(count=COUNT, size=(8, 12), channels=3):
 
 
 def collect(encoder, batches, precision="fp32"):
-    return collect_each({"x": encoder}, batches, device="cpu", precision=precision)["x"]
+    return collect_each({"x": encoder}, over(batches), device="cpu", precision=precision)["x"]
 
 
 def batches(images, size, labels=True, first=100):
@@ -120,7 +121,7 @@ def test_several_encoders_read_the_images_once():
             reads.append(len(batch))
             yield batch
 
-    found = collect_each({"a": vit(), "b": RawPixels()}, counted(), device="cpu", precision="fp32")
+    found = collect_each({"a": vit(), "b": RawPixels()}, over(counted()), device="cpu", precision="fp32")
     assert sum(reads) == COUNT
     np.testing.assert_array_equal(found["a"].cls, table(vit(), pixels()).cls)
     np.testing.assert_array_equal(found["b"].mean, pixels().float().flatten(1).numpy())

@@ -5,7 +5,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from feature_tables import measure, predictions_of
+from feature_tables import measure, over, predictions_of
 from sklearn.metrics import r2_score
 
 from unmask.batch import Batch
@@ -111,7 +111,7 @@ def test_raw_pixels_are_centred_and_features_of_encoders_are_not(monkeypatch):
     pixels = torch.full((90, 3, 4, 4), 200.0) + torch.from_numpy(rng.normal(size=(90, 3, 4, 4)))
     pixels[torch.arange(90), labels] += 2
     batch = Batch(pixels.float(), torch.arange(90), torch.zeros(90, dtype=torch.int64), labels)
-    tables = collect_each(with_controls(encoder, untrained), [batch], device="cpu", precision="fp32")
+    tables = collect_each(with_controls(encoder, untrained), over([batch]), device="cpu", precision="fp32")
     train = {
         name: FeatureTable(t.index[:60], t.labels[:60], None, t.mean[:60], t.digest[:60]) for name, t in tables.items()
     }

@@ -31,7 +31,7 @@ class EmbedRequest(Request):
     device: Device = "auto"
 
 
-@command(EmbedRequest, panel=Panel.MEASURE, to_json=lambda result: result.to_json())
+@command(EmbedRequest, panel=Panel.MEASURE, together=True, to_json=lambda result: result.to_json())
 def embed(request: EmbedRequest, console: Console) -> "EmbedResult":
     """Return the path of the file, the number of images, and the columns."""
     from unmask.evals.embed_images import embed_images

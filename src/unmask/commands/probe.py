@@ -12,6 +12,7 @@ from unmask.errors import UserError
 from unmask.evals.probe_kind import kind_descriptions
 from unmask.evals.probe_options import ProbeOptions
 from unmask.option import After, Option, options_of
+from unmask.system.processes import speaks
 
 if TYPE_CHECKING:
     from unmask.results import CurveResult, ProbeResult
@@ -52,13 +53,14 @@ def result_json(result: "ProbeResult | CurveResult") -> dict[str, Any]:
 RENAMED = {"--masks": "--mask-votes", "--draws": "--label-draws", "--task": "--target-type"}
 
 
-@command(ProbeRequest, panel=Panel.MEASURE, renamed=RENAMED, to_json=result_json)
+@command(ProbeRequest, panel=Panel.MEASURE, together=True, renamed=RENAMED, to_json=result_json)
 def probe(request: ProbeRequest, console: Console) -> "ProbeResult | CurveResult":
     """Return the result, which is also written to RUN/evals."""
     from unmask.report.run_page import write_report
 
     result = _paper_linear(request, console) if request.kind == PAPER_LINEAR else _frozen(request, console)
-    console.print(f"report: {write_report(Path(request.run))}")
+    if speaks():  # one process writes the report
+        console.print(f"report: {write_report(Path(request.run))}")
     return result
 
 

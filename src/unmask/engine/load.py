@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
-from torch import nn
+from torch import Tensor, nn
 
 from unmask.config import Config, explain
 from unmask.engine import checkpoint, copy_weights
 from unmask.engine.build import build_method
 from unmask.engine.device import choose_device
 from unmask.engine.training_plan import Plan
+from unmask.engine.world import current
 from unmask.method import Method
 from unmask.nn import positions
 from unmask.nn.default_dtype import float32_default
@@ -72,7 +73,7 @@ def load(run: str | Path, *, device: str = "cpu", step: int | None = None) -> Lo
     device = choose_device(device)
     folder = Run.open(run)
     config, plan = read_config(folder), read_plan(folder)
-    found, weights = checkpoint.load_model(folder, step)
+    found, weights = _weights_of(folder, step)
     with float32_default():
         method = config.build(plan.images)
     copy_weights.require_fit(method, weights, f"the checkpoint of step {found} of {folder.path}")
@@ -80,6 +81,14 @@ def load(run: str | Path, *, device: str = "cpu", step: int | None = None) -> Lo
     return Loaded(
         method=method.to(device).eval(), config=config, plan=plan, step=found, device=device, licence=licence_of(folder)
     )
+
+
+def _weights_of(run: Run, step: int | None) -> tuple[int, dict[str, Tensor]]:
+    """Return (step, weights) of a checkpoint, the one that the writer finds to be the newest intact one."""
+    world = current()
+    read = world.on_writer(lambda: checkpoint.load_model(run, step))
+    found = world.from_writer(lambda: None if read is None else read[0])
+    return checkpoint.load_model(run, found) if read is None else read
 
 
 def take_weights(method: Method, config: Config) -> None:

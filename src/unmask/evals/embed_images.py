@@ -10,10 +10,13 @@ import numpy as np
 
 from unmask.console import Console
 from unmask.data.sources.open_source import open_source
+from unmask.data.sources.source import Source
 from unmask.data.sources.tiff_samples import apply_reading
 from unmask.engine.device import choose_device
 from unmask.engine.load import load
+from unmask.engine.world import current, together
 from unmask.errors import UserError, name_in_errors
+from unmask.evals.frozen_features import FeatureTable
 from unmask.evals.images import FeatureOptions, features
 from unmask.results import EmbedResult
 from unmask.run import Run
@@ -21,6 +24,7 @@ from unmask.run import Run
 FEATURES = "features"  # sub-folder of a run with cached features
 
 
+@together
 def embed_images(
     run: Path,
     data: str | Sequence[str],
@@ -50,18 +54,21 @@ def embed_images(
     # Features are always computed in fp32, so that those from different machines differ by rounding only.
     options = FeatureOptions(title="embedding", precision="fp32", cache=Run.open(run).path / FEATURES)
     tables = features(loaded, encoders, source, rows, options, console)
-    table = tables["encoder"]
+    return current().from_writer(lambda: _stored(tables["encoder"], source, out, loaded.step, run, console))
+
+
+def _stored(table: FeatureTable, source: Source, out: Path, step: int, run: Path, console: Console) -> EmbedResult:
     names = [source.names[row] for row in table.index.tolist()]
     labels = None if table.labels is None else [source.classes[label] for label in table.labels.tolist()]
     _write_features(out, names, labels=labels, cls=table.cls, mean=table.mean)
-    console.print(f"{out}: {len(names)} images, width {table.mean.shape[1]}, from step {loaded.step} of {run}")
+    console.print(f"{out}: {len(names)} images, width {table.mean.shape[1]}, from step {step} of {run}")
     return EmbedResult(
         out=str(out),
         images=len(names),
         left_out=len(source) - len(names),
         columns=("name", *["label"] * (labels is not None), *["cls"] * (table.cls is not None), "mean"),
         width=int(table.mean.shape[1]),
-        step=loaded.step,
+        step=step,
     )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import reduce
+from functools import partial, reduce
 from pathlib import Path
 from typing import TypeVar
 
@@ -19,6 +19,7 @@ from unmask.console import Console
 from unmask.data.sources.source import Source
 from unmask.engine.device import choose_device
 from unmask.engine.load import Loaded, load
+from unmask.engine.world import current
 from unmask.errors import UserError
 from unmask.evals.choose_layer import choose_layer
 from unmask.evals.encoder_views import Hide, View, wanted_layer
@@ -26,10 +27,10 @@ from unmask.evals.frozen_features import FeatureTable, RawPixels, collect_layers
 from unmask.evals.images import (
     IMAGES_FOR_LAYER,
     FeatureOptions,
+    each_batch,
     eval_images,
     eval_precision,
     features,
-    read,
 )
 from unmask.evals.labelled_images import LabelledImages
 from unmask.evals.probe_options import ProbeOptions
@@ -147,11 +148,21 @@ def _layer_of(
         return LayerChoice(last if layer == "last" else int(layer), last, "asked for")
     assert images is not None, "choosing the best layer needs labelled images"
     with console.progress("comparing layers", len(rows)) as bar:
-        batches = read(eval_images(loaded, images.train), rows, 0, console, bar)
-        tables = collect_layers(view, batches, device=loaded.device, precision=eval_precision(loaded))
-    y = images.train_y[tables[0].index]
-    with console.working(f"comparing {len(tables)} layers on {len(y):,} images"):
-        return choose_layer(tables, y, task=images.labelling.task, seed=seed)
+        tables = collect_layers(
+            view,
+            partial(
+                each_batch, images=eval_images(loaded, images.train), rows=rows, workers=0, console=console, bar=bar
+            ),
+            device=loaded.device,
+            precision=eval_precision(loaded),
+        )
+
+    def compare() -> LayerChoice:
+        y = images.train_y[tables[0].index]
+        with console.working(f"comparing {len(tables)} layers on {len(y):,} images"):
+            return choose_layer(tables, y, task=images.labelling.task, seed=seed)
+
+    return current().from_writer(compare)
 
 
 def tables_of(

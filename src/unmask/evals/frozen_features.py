@@ -8,8 +8,8 @@ Letters: n images, D width of a feature, T tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 
 import numpy as np
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from unmask.batch import Batch
 from unmask.data.device_crops import to_device
 from unmask.engine.device import autocast, free_memory
+from unmask.engine.world import current
 from unmask.errors import UserError
 from unmask.evals.encoder_views import View
 from unmask.nn.features import Features
@@ -35,6 +36,8 @@ class FeatureTable:
     index: (n,) int64, the row of each image in its source. labels: (n,) int64, or None without labels. cls: (n, D)
     float32, or None without a class token. mean: (n, D) float32, the mean over patch tokens (for `RawPixels`: the
     pixels). digest: (n,) uint64, equal for images with identical pixels. tokens: all tokens, or None if not requested.
+
+    If several processes compute the features together, one of them, the writer, has them, and the others have `index`.
     """
 
     index: np.ndarray
@@ -43,6 +46,11 @@ class FeatureTable:
     mean: np.ndarray
     digest: np.ndarray
     tokens: Tokens | None = None
+
+    @classmethod
+    def of_index(cls, index: np.ndarray) -> FeatureTable:
+        """Return a table without features, for processes other than the writer."""
+        return cls(index, None, None, np.zeros((len(index), 0), np.float32), np.zeros(len(index), np.uint64))
 
     def __len__(self) -> int:
         return len(self.index)
@@ -102,9 +110,42 @@ class RawPixels(nn.Module):
         return Features(None, images.flatten(1)[:, None], (1, 1))
 
 
+EachBatch = Callable[[Callable[[Batch], "BatchFeatures"]], Iterator["BatchFeatures"]]
+"""Function that yields the features of each batch in order, computed by the given function; see `images.each_batch`."""
+
+
+@dataclass(frozen=True)
+class BatchFeatures:
+    """The features of B images from several encoders.
+
+    index: (B,). labels: (B,) or None. digest: (B,). cls, mean: (B, D) float32 of each encoder. tokens: (B, T, D)
+    float32 of each encoder, empty unless requested.
+    """
+
+    index: np.ndarray
+    labels: np.ndarray | None
+    digest: np.ndarray
+    cls: list[np.ndarray | None]
+    mean: list[np.ndarray]
+    tokens: list[Tensor]
+
+    @classmethod
+    def of(cls, batch: Batch, found: Sequence[Features], *, tokens: bool) -> BatchFeatures:
+        """Return the features on the host. Raises UserError when a feature is not finite."""
+        index = _array(batch.index)
+        return cls(
+            index=index,
+            labels=None if batch.labels is None else _array(batch.labels),
+            digest=_digests(batch.images),
+            cls=[None if each.cls is None else _finite(each.cls, index) for each in found],
+            mean=[_finite(each.pooled, index) for each in found],
+            tokens=[_all_tokens(each) for each in found] if tokens else [],
+        )
+
+
 def collect_each(
     encoders: Mapping[str, nn.Module],
-    batches: Iterable[Batch],
+    each_batch: EachBatch,
     *,
     device: str,
     precision: str,
@@ -114,94 +155,94 @@ def collect_each(
 
     Encoders run in eval mode without gradients; afterwards every module has its earlier mode again. encoders: encoders
     by name, on `device`; their forward maps images (B, C, H, W) in the files' dtype to `Features`. precision: "fp32",
-    or "bf16" for autocast; features are always float32. tokens: largest number of images in `batches` if all their
-    tokens are returned too, or 0 to return no tokens. Raises UserError if there are no images or a feature is not
-    finite, and, after the first batch, if the tokens of all images would not fit in memory.
+    or "bf16" for autocast; features are always float32. tokens: largest number of images if all their tokens are
+    returned too, or 0 to return no tokens. Raises UserError if there are no images or a feature is not finite, and,
+    after the first batch, if the tokens of all images would not fit in memory.
     """
-    rows: dict[str, _Rows] = {name: _Rows(tokens) for name in encoders}
-    shared = _Shared()
+
+    def compute(batch: Batch) -> BatchFeatures:
+        moved = to_device(batch, device)
+        found = [
+            encoder.see(moved) if isinstance(encoder, View) else encoder(moved.images) for encoder in encoders.values()
+        ]
+        return BatchFeatures.of(batch, found, tokens=bool(tokens))
+
+    batches: list[BatchFeatures] = []
+    kept = [_Tokens(device) for _ in encoders] if tokens else []
     with eval_mode(*encoders.values()), torch.inference_mode(), autocast(precision, device):
-        for batch in batches:
-            shared.add(batch)
-            moved = to_device(batch, device)
-            for name, encoder in encoders.items():
-                features = encoder.see(moved) if isinstance(encoder, View) else encoder(moved.images)
-                rows[name].add(features, shared.index[-1])
-            if tokens and len(shared.index) == 1:
-                _require_memory([each.tokens[0] for each in rows.values()], tokens)
-    if not shared.index:
+        for each in each_batch(compute):
+            for rows, values in zip(kept, each.tokens, strict=True):
+                rows.add(values)
+            if tokens and not batches:
+                _require_memory([rows.values[0] for rows in kept], tokens)
+            batches.append(replace(each, tokens=[]))
+    index = current().from_writer(lambda: _index_of(batches))
+    if not batches:
+        return {name: FeatureTable.of_index(index) for name in encoders}
+    return {
+        name: replace(_table(batches, place), tokens=kept[place].table() if tokens else None)
+        for place, name in enumerate(encoders)
+    }
+
+
+def collect_layers(view: View, each_batch: EachBatch, *, device: str, precision: str) -> list[FeatureTable]:
+    """Compute the features of every layer of one encoder: the first block's input, then every block's output.
+
+    Returns [] in processes other than the writer.
+    """
+
+    def compute(batch: Batch) -> BatchFeatures:
+        return BatchFeatures.of(batch, list(view.every_layer(to_device(batch, device))), tokens=False)
+
+    with eval_mode(view), torch.inference_mode(), autocast(precision, device):
+        batches = list(each_batch(compute))
+    return [_table(batches, layer) for layer in range(len(batches[0].mean))] if batches else []
+
+
+class _Tokens:
+    """Accumulates all tokens of one encoder over batches, in half precision; see `Tokens`."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self.values: list[Tensor] = []
+        self.middle, self.scale = torch.zeros(0), torch.ones(0)
+
+    def add(self, values: Tensor) -> None:
+        """Add the tokens (B, T, D) of a batch."""
+        tokens = values.to(self.device)
+        if not self.values:
+            self.middle, self.scale = tokens.mean((0, 1)), tokens.std((0, 1), correction=0)
+            self.scale[self.scale <= 1e-6 * self.middle.abs()] = 1.0
+        largest = torch.finfo(torch.float16).max
+        self.values.append(((tokens - self.middle) / self.scale).clamp(-largest, largest).half().cpu())
+
+    def table(self) -> Tokens:
+        return Tokens(torch.cat(self.values), self.middle.cpu().clone(), self.scale.cpu().clone())
+
+
+def _all_tokens(features: Features) -> Tensor:
+    first = [] if features.cls is None else [features.cls[:, None]]
+    tokens = torch.cat([*first, features.patches], 1).to(torch.float32)  # (B, T, D)
+    return tokens if current().is_writer else tokens.cpu()  # those of other processes are sent to the writer
+
+
+def _index_of(batches: Sequence[BatchFeatures]) -> np.ndarray:
+    if not batches:
         raise UserError(
             "got no images to compute features of; expected at least one; inspect the data with `unmask check`"
         )
-    return {name: shared.table(rows[name]) for name in encoders}
+    return np.concatenate([each.index for each in batches])
 
 
-def collect_layers(view: View, batches: Iterable[Batch], *, device: str, precision: str) -> list[FeatureTable]:
-    """Compute the features of every layer of one encoder: the first block's input, then every block's output."""
-    rows: list[_Rows] = []
-    shared = _Shared()
-    with eval_mode(view), torch.inference_mode(), autocast(precision, device):
-        for batch in batches:
-            shared.add(batch)
-            for number, features in enumerate(view.every_layer(to_device(batch, device))):
-                if number == len(rows):
-                    rows.append(_Rows(0))
-                rows[number].add(features, shared.index[-1])
-    return [shared.table(layer) for layer in rows]
-
-
-class _Rows:
-    """Accumulates the features of one encoder over batches."""
-
-    def __init__(self, with_tokens: int) -> None:
-        self.cls: list[np.ndarray | None] = []
-        self.mean: list[np.ndarray] = []
-        self.with_tokens = with_tokens
-        self.tokens: list[Tensor] = []
-        self.middle, self.scale = torch.zeros(0), torch.ones(0)
-
-    def add(self, features: Features, index: np.ndarray) -> None:
-        self.cls.append(None if features.cls is None else _finite(features.cls, index))
-        self.mean.append(_finite(features.pooled, index))
-        if self.with_tokens:
-            first = [] if features.cls is None else [features.cls[:, None]]
-            tokens = torch.cat([*first, features.patches], 1).to(torch.float32)  # (B, T, D)
-            if not self.tokens:
-                self.middle, self.scale = tokens.mean((0, 1)), tokens.std((0, 1), correction=0)
-                self.scale[self.scale <= 1e-6 * self.middle.abs()] = 1.0
-            largest = torch.finfo(torch.float16).max
-            self.tokens.append(((tokens - self.middle) / self.scale).clamp(-largest, largest).half().cpu())
-
-    def all_tokens(self) -> Tokens | None:
-        return (
-            Tokens(torch.cat(self.tokens), self.middle.cpu().clone(), self.scale.cpu().clone())
-            if self.with_tokens
-            else None
-        )
-
-
-class _Shared:
-    """Accumulates the indices, labels and digests of the images, which are the same for all encoders."""
-
-    def __init__(self) -> None:
-        self.index: list[np.ndarray] = []
-        self.labels: list[np.ndarray | None] = []
-        self.digest: list[np.ndarray] = []
-
-    def add(self, batch: Batch) -> None:
-        self.index.append(_array(batch.index))
-        self.labels.append(None if batch.labels is None else _array(batch.labels))
-        self.digest.append(_digests(batch.images))
-
-    def table(self, rows: _Rows) -> FeatureTable:
-        return FeatureTable(
-            index=np.concatenate(self.index),
-            labels=_joined(self.labels),
-            cls=_joined(rows.cls),
-            mean=np.concatenate(rows.mean),
-            digest=np.concatenate(self.digest),
-            tokens=rows.all_tokens(),
-        )
+def _table(batches: Sequence[BatchFeatures], place: int) -> FeatureTable:
+    """Return the features of one encoder. place: its place among the encoders."""
+    return FeatureTable(
+        index=np.concatenate([each.index for each in batches]),
+        labels=_joined([each.labels for each in batches]),
+        cls=_joined([each.cls[place] for each in batches]),
+        mean=np.concatenate([each.mean[place] for each in batches]),
+        digest=np.concatenate([each.digest for each in batches]),
+    )
 
 
 def _require_memory(firsts: list[Tensor], images: int) -> None:

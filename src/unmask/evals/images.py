@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -158,20 +159,40 @@ def features(
     Probes and embeddings of the same rows and precision share cached tables.
     """
     precision, folder, tokens = options.precision or eval_precision(loaded), options.cache, options.tokens
-    keys = {} if folder is None or tokens else keys_of(loaded, encoders, source=source, rows=rows, precision=precision)
-    tables = {
-        name: table for name, key in keys.items() if folder and (table := feature_cache.find(folder, key, source, rows))
-    }
-    began = time.time()
-    if new := {name: encoder for name, encoder in encoders.items() if name not in tables}:
+    keys, tables = dict[str, str](), dict[str, FeatureTable]()
+
+    def missing() -> list[str]:
+        if folder is not None and not tokens:
+            keys.update(keys_of(loaded, encoders, source=source, rows=rows, precision=precision))
+            found = {name: feature_cache.find(folder, key, source, rows) for name, key in keys.items()}
+            tables.update({name: table for name, table in found.items() if table is not None})
+        return [name for name in encoders if name not in tables]
+
+    world, began = current(), time.time()
+    if not world.alone:
+        world.require_same("the images", source.fingerprint(), "give all hosts the same files")
+    if new := world.from_writer(missing):
         workers = 0 if len(rows) < MANY_IMAGES else choose_workers(loaded.device, cached=False)[0]
         with console.progress(options.title, len(rows)) as bar:
-            batches = read(eval_images(loaded, source), rows, workers=workers, console=console, bar=bar)
-            num_tokens = len(rows) if tokens else 0
-            tables |= collect_each(new, batches, device=loaded.device, precision=precision, tokens=num_tokens)
+            tables |= collect_each(
+                {name: encoders[name] for name in new},
+                partial(
+                    each_batch,
+                    images=eval_images(loaded, source),
+                    rows=rows,
+                    workers=workers,
+                    console=console,
+                    bar=bar,
+                ),
+                device=loaded.device,
+                precision=precision,
+                tokens=len(rows) if tokens else 0,
+            )
         if folder is not None and keys and is_worth_storing(began):
             size = sum(feature_cache.store(folder, keys[name], tables[name], rows) for name in new)
             console.print(f"{options.title}: cached the features for later probes, {size / 2**20:.1f} MiB in {folder}")
+    if not world.is_writer:
+        tables |= {name: FeatureTable.of_index(rows) for name in encoders if name not in new}
     return {name: tables[name] for name in encoders}
 
 

@@ -20,8 +20,10 @@ import numpy as np
 from unmask.config import task_names
 from unmask.console import Console
 from unmask.data.sources.open_source import open_source
+from unmask.data.sources.source import Source
 from unmask.engine.device import choose_device
 from unmask.engine.load import Loaded, load, untrained_encoder
+from unmask.engine.world import current, joined
 from unmask.errors import UserError
 from unmask.evals.embed_images import FEATURES
 from unmask.evals.feature_sets import (
@@ -117,21 +119,25 @@ def run_probes(
         options.check_label_free(name)
     if labelled and options.is_curve and options.num_draws < DEFAULT_DRAWS:
         console.warn(f"intervals over {options.num_draws} draws of the labels are wide; use {DEFAULT_DRAWS} or more")
-    opened = Run.open(run)
-    loaded = load(opened.path, device=choose_device(options.device), step=options.step)
-    job = ProbeJob(
-        run=opened,
-        loaded=loaded,
-        others=load_others(opened.path, options.other_runs, options.device),
-        options=options,
-        console=console,
-    )
-    results = probe_with_labels(job, labelled) if labelled else {}
-    results |= measure_without_labels(job, label_free) if label_free else {}
-    for result in results.values():
-        save_result(job.run, result, options)
-        print_result(result, console)
-    return results
+    with joined() as world:
+        opened = Run.open(run)
+        job = ProbeJob(
+            run=opened,
+            loaded=load(opened.path, device=choose_device(options.device), step=options.step),
+            others=load_others(opened.path, options.other_runs, options.device),
+            options=options,
+            console=world.console(console),
+        )
+        results = probe_with_labels(job, labelled) if labelled else {}
+        results |= measure_without_labels(job, label_free) if label_free else {}
+
+        def finish() -> None:
+            for result in results.values():
+                save_result(job.run, result, options)
+                print_result(result, job.console)
+
+        world.on_writer(finish)
+        return results
 
 
 # Probes with labels
@@ -153,14 +159,41 @@ def probe_with_labels(
     sets = all_feature_sets(job, images, rows, controls=job.options.controls)
     on_tokens = {name: probe for name, probe in probes.items() if isinstance(probe, TokenProbe)}
     train, chosen = training_features(job, sets, images, tokens=bool(on_tokens))
-    fits = {
-        name: fit_to_tokens(job, probe, train=train, chosen=chosen, images=images) for name, probe in on_tokens.items()
-    }
+    fits: dict[str, dict[str, list[Fitted]]] = {name: {} for name in on_tokens}
+
+    def fit() -> None:
+        for name, probe in on_tokens.items():
+            fits[name] = fit_to_tokens(job, probe, train=train, chosen=chosen, images=images)
+
+    current().on_writer(fit)
     train = {name: replace(table, tokens=None) for name, table in train.items()}
     test, values = test_features(job, sets, images, fits)
+    found = FeaturesOfProbe(sets, train, chosen, test, fits, values)
+    return current().from_writer(lambda: results_with_labels(job, probes, images, found))
+
+
+@dataclass(frozen=True)
+class FeaturesOfProbe:
+    """The features of training and test images, and what the probes of all tokens have made of them.
+
+    fits, values: fitted probes, and their predictions for the test images; see `test_features`.
+    """
+
+    sets: Sequence[FeatureSets]
+    train: Mapping[str, FeatureTable]
+    chosen: Sequence[TrainingSet]
+    test: Mapping[str, FeatureTable]
+    fits: Mapping[str, Mapping[str, Sequence[Fitted]]]
+    values: Mapping[str, Mapping[str, Sequence[np.ndarray]]]
+
+
+def results_with_labels(
+    job: ProbeJob, probes: Mapping[str, PooledProbe | TokenProbe], images: LabelledImages, found: FeaturesOfProbe
+) -> dict[str, ProbeResult | CurveResult]:
+    """Fit the probes of pooled features, and score the predictions of all probes."""
+    train, test, chosen = found.train, found.test, found.chosen
     test_y = images.test_y[test[PRETRAINED].index]
     shared = images_in_both(train[PRETRAINED], test[PRETRAINED])
-
     results: dict[str, ProbeResult | CurveResult] = {}
     for name, probe in probes.items():
         draws = []
@@ -168,8 +201,8 @@ def probe_with_labels(
             y = images.train_y[each.rows]
             targets = _targets(job, images, y)
             if isinstance(probe, TokenProbe):
-                fitted = {features: heads[number] for features, heads in fits[name].items()}
-                answers = {features: each[number] for features, each in values[name].items()}
+                fitted = {features: heads[number] for features, heads in found.fits[name].items()}
+                answers = {features: each[number] for features, each in found.values[name].items()}
                 predictions = predictions_from_tokens(probe, fitted, answers, test, targets)
             else:
                 part = {features: table.at(each.positions) for features, table in train.items()}
@@ -178,7 +211,7 @@ def probe_with_labels(
                     predictions = predict_pooled(probe, part, test, targets)
             draws.append(Draw(each.shots or 0, y, predictions))
         results[name] = make_result(
-            job, name, probe=probe, images=images, sets=sets, predicted=TestPredictions(draws, test_y, shared)
+            job, name, probe=probe, images=images, sets=found.sets, predicted=TestPredictions(draws, test_y, shared)
         )
     return results
 
@@ -272,6 +305,8 @@ def test_features(
         piece = tables_of(sets, images.test, rows=part, options=options, console=job.console, test=True)
         for kind, fitted in fits.items():
             for name, table in piece.items():
+                if table.tokens is None:
+                    continue  # the writer has them
                 heads = fitted[name] if name in fitted else fitted[name.rpartition(VOTE)[0]]
                 answers[kind].setdefault(name, []).append([head.predict(table.tokens) for head in heads])
         pieces.append({name: replace(table, tokens=None) for name, table in piece.items()})
@@ -408,6 +443,17 @@ def measure_without_labels(job: ProbeJob, kinds: Mapping[str, LabelFreeMeasure])
     tables = tables_of(
         sets, source, rows=rows, options=FeatureOptions(title="images", cache=job.cache), console=job.console
     )
+    return current().from_writer(lambda: results_without_labels(job, kinds, source, sets, tables))
+
+
+def results_without_labels(
+    job: ProbeJob,
+    kinds: Mapping[str, LabelFreeMeasure],
+    source: Source,
+    sets: Sequence[FeatureSets],
+    tables: Mapping[str, FeatureTable],
+) -> dict[str, ProbeResult]:
+    """Compute the measures from the features."""
     data = image_set(str(job.options.data), source, job.options.exclude)
     results = {}
     for kind, measure in kinds.items():

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from feature_tables import over
 from sklearn.datasets import load_digits
 
 from unmask.batch import Batch
@@ -144,7 +145,7 @@ def batches(count):
 
 
 def test_tokens_are_the_class_token_and_the_patches_standardised_in_half_precision():
-    table = collect_each({"a": Encoder()}, batches(24), device="cpu", precision="fp32", tokens=24)["a"]
+    table = collect_each({"a": Encoder()}, over(batches(24)), device="cpu", precision="fp32", tokens=24)["a"]
     values = table.tokens.values.float() * table.tokens.scale + table.tokens.middle
     assert table.tokens.values.dtype == torch.float16
     pixels = torch.cat([batch.images for batch in batches(24)]).flatten(2).transpose(1, 2)
@@ -165,6 +166,6 @@ def test_tokens_that_do_not_fit_in_memory_are_rejected_after_one_batch(monkeypat
             yield batch
 
     with pytest.raises(UserError, match=r"tokens of 100 .* \(17 x 3 numbers .*: train on fewer images with --shots N"):
-        collect_each({"a": Encoder()}, watched(), device="cpu", precision="fp32", tokens=100)
+        collect_each({"a": Encoder()}, over(watched()), device="cpu", precision="fp32", tokens=100)
     assert len(seen) == 1
-    assert collect_each({"a": Encoder()}, batches(24), device="cpu", precision="fp32", tokens=99)
+    assert collect_each({"a": Encoder()}, over(batches(24)), device="cpu", precision="fp32", tokens=99)
