@@ -93,22 +93,26 @@ def origin(packages: Sequence[str] = ("torch", "transformers", "numpy", "pillow"
     return {"date": time.strftime("%Y-%m-%d"), "device": device_name(), "versions": versions, "command": command}
 
 
+def keep_rows(name: str, rows: list[dict[str, Any]], about: dict[str, Any]) -> Path:
+    """Write the rows and `about` to the folder `results`; return the file."""
+    path = RESULTS / f"{name}-{'cuda' if torch.cuda.is_available() else 'cpu'}.json"
+    RESULTS.mkdir(exist_ok=True)
+    path.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
+    return path
+
+
 def conclude(name: str, rows: list[dict[str, Any]], about: dict[str, Any], *, as_json: bool, keep: bool) -> None:
     """Print the rows as lines, or with as_json as one object together with `about`.
 
     keep: also write the object to the folder `results`.
     """
-    found = {**about, "rows": rows}
-    path = RESULTS / f"{name}-{'cuda' if torch.cuda.is_available() else 'cpu'}.json"
-    if keep:
-        RESULTS.mkdir(exist_ok=True)
-        path.write_text(json.dumps(found, indent=1) + "\n")
+    path = keep_rows(name, rows, about) if keep else None
     if as_json:
-        print(json.dumps(found))
+        print(json.dumps({**about, "rows": rows}))
         return
     print(about["device"], *(f"{name} {version}" for name, version in about["versions"].items()), sep="  ")
     print_rows(rows)
-    if keep:
+    if path is not None:
         print(f"written to {path}")
 
 

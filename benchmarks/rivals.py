@@ -1,5 +1,6 @@
-"""MAE implementations of other libraries, for `step.py`, built with the sizes of an unmask recipe and with unmask's
-weights.
+"""MAE implementations of other libraries, built with the sizes of an unmask recipe and with unmask's weights.
+
+`step.py` times all of them, and `scaling.py` lightly's.
 
 Each function returns (model, loss), where loss(images, noise=None) takes normalised images (B, 3, H, W). The patches
 with the smallest values of noise (B, N) stay visible; without noise, the model draws its own.
@@ -12,6 +13,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from unittest.mock import patch
 
+import torch
 from torch import Tensor, nn
 
 from unmask.config import Config
@@ -94,7 +96,25 @@ class Lightly(nn.Module):
         return nn.functional.mse_loss(guess.float(), (truth - mean) / (var + 1e-6) ** 0.5)
 
 
+def declare_operators() -> None:
+    """Make torchvision, which lightly imports, importable beside another build of torch than its own.
+
+    Its compiled operators then do not load. Vision transformers and transforms of PIL images use none of them.
+    """
+    try:
+        import torchvision  # type: ignore[import-not-found]  # noqa: F401
+    except RuntimeError:
+        library = torch.library.Library("torchvision", "DEF")
+        for name in ("nms", "qnms"):
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        KEPT.append(library)
+
+
+KEPT: list[torch.library.Library] = []  # the declared names live as long as their library
+
+
 def make_lightly(config: Config, official: str | None) -> tuple[nn.Module, Callable[..., Tensor]]:
+    declare_operators()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = Lightly(config)
