@@ -138,7 +138,7 @@ def test_flipped_bit_in_any_file_is_found_and_the_previous_checkpoint_used(run, 
         said: list[str] = []
         assert load_latest(run, log=said.append).step == 1
         assert "step-00000002" in said[0]
-        assert name in said[0] or name == "MANIFEST.json"
+        assert name in said[0]
         with pytest.raises(CheckpointError):
             load_model(run, 2)
         (run.checkpoints / "step-00000002.corrupt").rename(run.checkpoints / "step-00000002")
@@ -165,18 +165,23 @@ def add(folder: Path) -> None:
     shutil.copy(folder / SHARDS[0], folder / "dcp/shard-00003-model-00001-of-00001.safetensors")
 
 
+def without_digest(manifest: dict) -> dict:
+    """Return a manifest as earlier versions wrote it, so that only the change itself can be noticed."""
+    return {key: value for key, value in manifest.items() if key not in ("run_id", "sha256")}
+
+
 def leave_out(folder: Path) -> None:
     """Remove a shard and its entry in the manifest, which DCP itself would not notice."""
     manifest = json.loads((folder / "MANIFEST.json").read_bytes())
     del manifest["files"][SHARDS[0]]
     (folder / SHARDS[0]).unlink()
-    (folder / "MANIFEST.json").write_text(json.dumps(manifest))
+    (folder / "MANIFEST.json").write_text(json.dumps(without_digest(manifest)))
 
 
 def point_outside(folder: Path) -> None:
     manifest = json.loads((folder / "MANIFEST.json").read_bytes())
     manifest["files"]["dcp/../../x.safetensors"] = manifest["files"].pop(SHARDS[1])
-    (folder / "MANIFEST.json").write_text(json.dumps(manifest))
+    (folder / "MANIFEST.json").write_text(json.dumps(without_digest(manifest)))
 
 
 @pytest.mark.parametrize(

@@ -154,18 +154,15 @@ def test_plan_older_than_the_checkpoint_is_detected(runs):
         checkpoint.load_model(Run(runs[0]), 4)
 
 
-def test_every_bit_flip_in_a_manifest_is_detected_or_harmless(runs):
+def test_every_bit_flip_in_a_manifest_is_detected(runs):
     run, folder = Run(runs[0]), runs[0] / "checkpoints/step-00000004"
     content = (folder / "MANIFEST.json").read_bytes()
     for place in range(len(content)):
         flipped = bytearray(content)
         flipped[place] ^= 1 << place % 8
         (folder / "MANIFEST.json").write_bytes(flipped)
-        try:
+        with pytest.raises(checkpoint.CheckpointError):
             checkpoint.require_own(run, folder, checkpoint.verify(folder))
-        except checkpoint.CheckpointError:
-            continue
-        assert b'"fixed"' not in flipped or json.loads(flipped) == json.loads(content)
 
 
 def test_damaged_result_is_reported_and_not_shown(runs, capsys):

@@ -10,11 +10,14 @@ never used.
     checkpoints/fixed-<digest>.safetensors   tensors that never change after step 0, stored once for all steps
 
 A save writes the files and flushes each of them to disk, writes MANIFEST.json with their sizes and SHA-256, renames the
-folder and flushes its parent, writes LATEST, and then removes old checkpoints. The SHA-256 digests are needed because
-neither torch, nor safetensors, nor the file system detects a flipped bit. state.json and MANIFEST.json contain the id
-of the run and the digests of its config.json and plan.json, so that the checkpoint of another run is rejected even if
-its shapes match. Only safetensors files are loaded. A pickle in place of a safetensors file is rejected and never
-opened. The two formats of the tensors are described in `engine/checkpoint_formats.py`.
+folder and flushes its parent, writes LATEST, and then removes old checkpoints. state.json and MANIFEST.json contain the
+id of the run and the digests of its config.json and plan.json, so that the checkpoint of another run is rejected even
+if its shapes match. Only safetensors files are loaded. A pickle in place of a safetensors file is rejected and never
+opened.
+
+Other modules describe parts of this: `checkpoint_manifest.py` the manifest and its checks, `checkpoint_formats.py` the
+two formats of the tensors, `fixed_tensors.py` the tensors that never change, `checkpoint_writer.py` the thread that
+saves while training continues.
 
 Where several processes write or read together, they agree on each outcome: either all of them have the checkpoint, or
 all raise the same error.
@@ -23,7 +26,6 @@ all raise the same error.
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import re
@@ -45,9 +47,9 @@ from unmask.console import escape_controls
 from unmask.engine.checkpoint_formats import (
     MODEL,
     OPTIM,
-    SHARD,
     SHARDS,
     CheckpointError,
+    CheckpointFull,
     Damaged,
     Tensors,
     entry,
@@ -55,15 +57,23 @@ from unmask.engine.checkpoint_formats import (
     own_part,
     write_shards,
 )
+from unmask.engine.checkpoint_manifest import (
+    MANIFEST,
+    STATE,
+    listed_files,
+    manifest_content,
+    require_own,
+    verified_file,
+    verify,
+)
 from unmask.engine.fault_points import fault_points
+from unmask.engine.fixed_tensors import FIXED, load_fixed
 from unmask.engine.world import ALONE, World
 from unmask.errors import UserError
-from unmask.run import Identity, Run
+from unmask.run import Run
 from unmask.system.atomic_files import replace_file, sync_folder
 
-STATE, MANIFEST, LATEST = "state.json", "MANIFEST.json", "LATEST"
-REPLACED = ".old"
-FIXED = "fixed-*.safetensors"
+LATEST, REPLACED = "LATEST", ".old"
 STEP_FOLDER = re.compile(r"step-(\d{8,})$")
 
 Format = Literal["dense", "dcp"]
@@ -71,10 +81,6 @@ Format = Literal["dense", "dcp"]
 
 class CheckpointRefused(CheckpointError):
     """Raised if a checkpoint is not written because weights are not finite."""
-
-
-class CheckpointFull(CheckpointError):
-    """Raised if a checkpoint cannot be written; the older checkpoints are unchanged."""
 
 
 @dataclass(frozen=True)
@@ -153,14 +159,13 @@ def _begin(run: Run, step: int) -> Path:
 
 def _complete(run: Run, step: int, folder: Path, files: Mapping[str, Any], state: Mapping[str, Any], keep: int) -> Path:
     """Write state.json and the manifest beside the tensors, and make the folder the checkpoint of `step`."""
-    final, whose = run.checkpoints / f"step-{step:08d}", asdict(run.identity())
+    final, whose = run.checkpoints / f"step-{step:08d}", run.identity()
     try:
-        content = json.dumps({**state, "run": whose}).encode()
+        content = json.dumps({**state, "run": asdict(whose)}).encode()
         _write(folder / STATE, content)
-        entries = {**files, STATE: entry(content)}
         fixed = sorted(file.name for file in run.checkpoints.glob(FIXED))
-        manifest = {"step": step, "run": whose, "fixed": fixed, "files": entries}
-        _write(folder / MANIFEST, json.dumps(manifest).encode())
+        entries = {**files, STATE: entry(content)}
+        _write(folder / MANIFEST, manifest_content(step, whose, fixed, entries))
         if (folder / SHARDS).exists():
             sync_folder(folder / SHARDS)
         sync_folder(folder)
@@ -173,6 +178,8 @@ def _complete(run: Run, step: int, folder: Path, files: Mapping[str, Any], state
         raise _full(run, step, _why(error)) from error
     with suppress(OSError):  # LATEST is optional
         replace_file(run.checkpoints / LATEST, final.name.encode() + b"\n")
+    with suppress(OSError):
+        _KNOWN[final] = _files_of(final)
     _prune(run, keep)
     return final
 
@@ -230,12 +237,33 @@ def _prune(run: Run, keep: int) -> None:
     for _, path in steps_on_disk(run):
         if good >= keep:
             shutil.rmtree(path, ignore_errors=True)
-            continue
-        try:
-            require_own(run, path, verify(path))
+            _KNOWN.pop(path, None)
+        elif _is_intact(run, path):
             good += 1
-        except UserError:
-            continue
+
+
+def _is_intact(run: Run, path: Path) -> bool:
+    """Return whether a checkpoint is intact and belongs to the run.
+
+    Files that this process has written or verified are not read again unless their size or time has changed.
+    """
+    try:
+        known = _KNOWN.get(path) == _files_of(path)
+        require_own(run, path, {STATE: (path / STATE).read_bytes()} if known else verify(path))
+        _KNOWN[path] = _files_of(path)
+    except (OSError, UserError):
+        return False
+    return True
+
+
+_KNOWN: dict[Path, dict[str, tuple[int, int]]] = {}
+"""What `_files_of` returned for the checkpoints that this process has written or verified."""
+
+
+def _files_of(path: Path) -> dict[str, tuple[int, int]]:
+    """Return {name: (size, time of the last change in ns)} of the files of a checkpoint."""
+    found = {str(file.relative_to(path)): file.stat() for file in path.rglob("*") if file.is_file()}
+    return {name: (about.st_size, about.st_mtime_ns) for name, about in found.items()}
 
 
 def steps_on_disk(run: Run) -> list[tuple[int, Path]]:
@@ -244,79 +272,6 @@ def steps_on_disk(run: Run) -> list[tuple[int, Path]]:
         (int(match[1]), path) for path in run.checkpoints.glob("step-*") if (match := STEP_FOLDER.match(path.name))
     ]
     return sorted(found, reverse=True)
-
-
-def listed_files(path: Path) -> dict[str, tuple[int, str]]:
-    """Return {file: (size, SHA-256)} of a checkpoint, as its manifest states. Raises Damaged."""
-    try:
-        manifest = json.loads((path / MANIFEST).read_bytes())
-        name, entries = f"step-{manifest['step']:08d}", dict(manifest["files"])
-        sizes = {name: (int(entry["size"]), str(entry["sha256"])) for name, entry in entries.items()}
-    except FileNotFoundError:
-        raise Damaged(f"{path}: {MANIFEST} is missing") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise Damaged(f"{path}: {MANIFEST} cannot be read ({type(error).__name__})") from None
-    tensors = set(sizes) - {STATE}
-    in_shards = bool(tensors) and all(SHARD.fullmatch(name) for name in tensors)
-    if path.name.partition(".")[0] != name or STATE not in sizes or not (in_shards or tensors == {MODEL, OPTIM}):
-        raise Damaged(f"{path}: {MANIFEST} belongs to another checkpoint")
-    unlisted = {f"{SHARDS}/{file.name}" for file in (path / SHARDS).glob("*.safetensors")} - tensors
-    if unlisted:
-        raise Damaged(f"{path}: {min(unlisted)} is not in {MANIFEST}")
-    return sizes
-
-
-def verify(path: Path, use: Callable[[str, bytes], object] = lambda name, content: None) -> dict[str, bytes]:
-    """Check a checkpoint's files against its manifest, and return the content of state.json. Raises Damaged.
-
-    use: called with the name and the content of each file, once it has been checked. One file is in memory at a time. A
-    suffix of the folder's name, such as .corrupt, is ignored.
-    """
-    for name, (size, digest) in listed_files(path).items():
-        content = _verified(path, name, size, digest)
-        if name == STATE:
-            state = content
-        use(name, content)
-    return {STATE: state}
-
-
-def _verified(path: Path, name: str, size: int, digest: str) -> bytes:
-    try:
-        content = (path / name).read_bytes()
-    except OSError as error:
-        raise Damaged(f"{path}: {name} cannot be read ({error.strerror})") from None
-    if len(content) != size or hashlib.sha256(content).hexdigest() != digest:
-        raise Damaged(f"{path}: {name} {_what_changed(content, size)}")
-    return content
-
-
-def require_own(run: Run, path: Path, contents: Mapping[str, bytes]) -> None:
-    """Raise Damaged for a checkpoint of another run, or a checkpoint with settings that this run never had.
-
-    Raises CheckpointError if the file of tensors that never change is missing.
-    """
-    try:
-        state, manifest = json.loads(contents[STATE]), json.loads((path / MANIFEST).read_bytes())
-        stated, told, fixed = state.get("run"), manifest.get("run"), manifest.get("fixed")
-    except (OSError, ValueError, AttributeError) as error:
-        raise Damaged(f"{path}: {STATE} or {MANIFEST} cannot be read ({type(error).__name__})") from None
-    if stated != told:
-        raise Damaged(f"{path}: {MANIFEST} and {STATE} belong to different runs")
-    if why := run.why_foreign(Identity.of(stated)):
-        raise Damaged(f"{path}: {why}")
-    if missing := [name for name in fixed or () if not (run.checkpoints / str(name)).exists()]:
-        raise CheckpointError(
-            f"{run.checkpoints / missing[0]} is missing, and every checkpoint of this run needs it; restore it from a "
-            "backup, or start a new run"
-        )
-
-
-def _what_changed(content: bytes, size: int) -> str:
-    if content[:1] == b"\x80" or content[:2] == b"PK":
-        return "is a pickle, not safetensors; it was not opened, because a pickle can run code"
-    if len(content) != size:
-        return f"has {len(content)} bytes, but {size} were written"
-    return "has changed since it was written (its SHA-256 differs)"
 
 
 def _read(run: Run, path: Path, *, with_optim: bool = True) -> Checkpoint:
@@ -382,7 +337,7 @@ def _fault_in_part(path: Path, world: World) -> str | None:
     try:
         files = sorted(listed_files(path).items())
         for name, (size, digest) in files[world.rank :: world.size]:
-            _verified(path, name, size, digest)
+            verified_file(path, name, size, digest)
     except Damaged as fault:
         return str(fault)
     return None
@@ -464,44 +419,6 @@ def load_model(
     if faults:
         raise CheckpointError(f"no checkpoint of {run.path} can be used: {'; '.join(faults)}")
     raise CheckpointError(f"{run.path} has no checkpoint yet; train it first: unmask resume {run.path}")
-
-
-def save_fixed(run: Run, tensors: Mapping[str, Tensor]) -> None:
-    """Store the tensors that never change, once for all steps. The file's name contains its SHA-256.
-
-    Raises CheckpointFull.
-    """
-    content = safetensors.torch.save(on_cpu(tensors))
-    file = run.checkpoints / f"fixed-{hashlib.sha256(content).hexdigest()}.safetensors"
-    try:
-        replace_file(file, content)
-        for other in run.checkpoints.glob(FIXED):  # temporary files of an interrupted start
-            if other != file:
-                other.unlink()
-    except OSError as error:
-        raise CheckpointFull(f"{file} could not be written: {error.strerror}; free space and start again") from error
-
-
-def load_fixed(checkpoints: Path) -> dict[str, Tensor]:
-    """Return the tensors that `save_fixed` stored, or {} if it stored none.
-
-    Raises CheckpointError if the files of these tensors are damaged.
-    """
-    for file in checkpoints.glob(FIXED):
-        try:
-            content = file.read_bytes()
-        except OSError as error:
-            raise CheckpointError(
-                f"{file} cannot be read ({error.strerror}), and every checkpoint of this run needs it; make it "
-                "readable, restore it from a backup, or start a new run"
-            ) from None
-        if file.stem.removeprefix("fixed-") != hashlib.sha256(content).hexdigest():
-            raise CheckpointError(
-                f"{file} is damaged: its SHA-256 differs from its name, and every checkpoint of this run needs it; "
-                "restore it from a backup, or start a new run"
-            )
-        return safetensors.torch.load(content)
-    return {}
 
 
 def is_complete(run: Run, step: int) -> bool:

@@ -43,6 +43,10 @@ class CheckpointError(UserError):
     """Raised if there is no usable checkpoint, or if a checkpoint does not fit the method."""
 
 
+class CheckpointFull(CheckpointError):
+    """Raised if a checkpoint cannot be written; the older checkpoints are unchanged."""
+
+
 class Damaged(CheckpointError):
     """Raised if a checkpoint does not match its manifest, or belongs to another run."""
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unmask.engine import checkpoint, copy_weights, optimizer_state
+from unmask.engine import checkpoint, copy_weights, fixed_tensors, optimizer_state
 from unmask.engine.build import build_method
 from unmask.engine.checkpoint_formats import (
     IN_MODEL,
@@ -65,7 +65,7 @@ def prepare_weights(job: Job, method: Method) -> None:
     if method.fixed:
         state = method.state_dict()
         fixed = {name: value for name, value in state.items() if name.startswith(method.fixed)}
-        checkpoint.save_fixed(job.run, fixed)
+        fixed_tensors.save_fixed(job.run, fixed)
 
 
 def restore(job: Job) -> Position | None:
@@ -111,7 +111,7 @@ def read_whole(job: Job) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
 def read_own_shards(job: Job, path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Load this process's share of the weights from a verified checkpoint; return optimiser tensors and state."""
     world, weights = job.world, job.method.state_dict()
-    fixed = world.on_writer(lambda: checkpoint.load_fixed(job.run.checkpoints)) or {}
+    fixed = world.on_writer(lambda: fixed_tensors.load_fixed(job.run.checkpoints)) or {}
     fixed_names = world.from_writer(lambda: list(fixed))
     described = world.from_writer(lambda: describe_shards(path / SHARDS))
     stored = {name.removeprefix(IN_MODEL): shape for name, (shape, _) in described.items() if name.startswith(IN_MODEL)}

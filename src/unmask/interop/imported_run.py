@@ -13,6 +13,7 @@ from unmask.config import ENCODER, Config, task_names
 from unmask.console import Console
 from unmask.data.decode.reading import Reading
 from unmask.engine import checkpoint, provenance
+from unmask.engine.fixed_tensors import save_fixed
 from unmask.engine.training_plan import Plan
 from unmask.interop.foreign.state_dicts import Recognised
 from unmask.method import Method
@@ -44,7 +45,7 @@ def write_run(out: str | Path, model: ImportedModel, reasons: tuple[str, ...], a
         checkpoint.check_space(run, sum(value.nbytes for value in weights.values()))
         fixed = {name: value for name, value in weights.items() if name.startswith(method.fixed)}
         if fixed:
-            checkpoint.save_fixed(run, fixed)
+            save_fixed(run, fixed)
         changing = {name: value.clone() for name, value in weights.items() if name not in fixed}
         checkpoint.save(run, 0, model=changing, optim={}, state={"step": 0})
 
