@@ -24,14 +24,17 @@ import torch.distributed as dist
 
 from unmask.console import escape_controls
 from unmask.errors import TrainingFailed, UserError
+from unmask.system.launched_process import exit_at_once
 from unmask.system.processes import STOP_SIGNALS
 from unmask.system.stalls import Patience, write_now
+from unmask.system.stop_requests import INTERRUPTED
 
 VARIABLE = "UNMASK_PEER_SECONDS"
 DEFAULT_SECONDS = 60.0
 BEAT = 1.0
 TICK = 0.2
 LEFT = "left"
+CAUSE_INTERRUPTED = "was interrupted"
 CLOSE_SECONDS = 2.0  # longest wait for a thread that waits for the store
 OWN_ERROR_SECONDS = 3.0  # seconds in which the main thread may fail by itself, after another process has failed
 LAST_SECONDS = OWN_ERROR_SECONDS + 4 * BEAT  # longest wait of the process that holds the store for the others to end
@@ -76,12 +79,13 @@ class Pulse:
     """Publishes the pulse of this process and watches the others.
 
     key: prefix of all keys in the store, different for each start. limit: seconds without a pulse after which a process
-    counts as dead. on_failure: function that records the message of a failure in the run; the training sets it.
+    counts as dead. on_failure: function that records the message of a failure, or an interruption (None), in the run;
+    the training sets it.
     """
 
     def __init__(self, rank: int, size: int, key: str, limit: float) -> None:
         self.rank, self.size, self.key, self.limit = rank, size, key, limit
-        self.on_failure: Callable[[str], object] = lambda message: None
+        self.on_failure: Callable[[str | None], object] = lambda message: None
         self.host, self.pid = socket.gethostname(), os.getpid()
         self._store = _connect(limit)
         self._closing = _connect(limit)  # for the main thread, because a client does one operation at a time
@@ -116,13 +120,15 @@ class Pulse:
         If the error is only the consequence of another process that has failed or ended, this process ends here, with
         the message about that process. The same error in all processes is left to the caller.
         """
-        if isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit):
+        if isinstance(error, SystemExit | GeneratorExit):
             self.leave()
             return
         self.blame(error)
-        own = Failure(
-            self.rank, self.host, self.pid, f"failed: {_line(error)}", 2 if isinstance(error, UserError) else 1
-        )
+        if isinstance(error, KeyboardInterrupt):
+            own = self._interruption()
+        else:
+            code = 2 if isinstance(error, UserError) else 1
+            own = Failure(self.rank, self.host, self.pid, f"failed: {_line(error)}", code)
         found = None
         with suppress(RuntimeError):
             found = self._recorded(self._closing)
@@ -130,7 +136,7 @@ class Pulse:
         if found is not None and found.cause != own.cause:
             self._end(found)
         with suppress(Exception):
-            self._record(own)
+            self._record(own, self._closing)
 
     def blame(self, error: BaseException) -> None:
         """End this process with a message about another process, if the error shows that its connection was lost."""
@@ -144,6 +150,16 @@ class Pulse:
             return
         if found is not None:
             self._end(found)
+
+    def interrupt(self) -> None:
+        """End all processes because a signal has interrupted this one, whose main thread is blocked."""
+        own = self._interruption()
+        with suppress(Exception):
+            own = self._record(own, self._closing)
+        self._end(own)
+
+    def _interruption(self) -> Failure:
+        return Failure(self.rank, self.host, self.pid, CAUSE_INTERRUPTED, INTERRUPTED)
 
     def leave(self) -> None:
         """Record that this process has finished, so that the end of its pulse is no failure."""
@@ -223,10 +239,10 @@ class Pulse:
         who = json.loads(self._store.get(f"{self.key}/who/{rank}"))
         return Failure(rank, who["host"], who["pid"], cause, responds=False)
 
-    def _record(self, failure: Failure) -> Failure:
+    def _record(self, failure: Failure, store: dist.Store | None = None) -> Failure:
         """Record a failure unless one is recorded already; return the one that is recorded."""
         text = json.dumps(asdict(failure))
-        return Failure(**json.loads(self._store.compare_set(f"{self.key}/failure", "", text)))
+        return Failure(**json.loads((store or self._store).compare_set(f"{self.key}/failure", "", text)))
 
     def _recorded(self, store: dist.Store) -> Failure | None:
         key = f"{self.key}/failure"
@@ -254,14 +270,15 @@ class Pulse:
 
     def _end(self, failure: Failure, *, claim: bool = True) -> None:
         """End this process with the message of a failure, which one process prints."""
+        interrupted = failure.code == INTERRUPTED
         message = failure.message()
         with suppress(Exception):
-            self.on_failure(message)
+            self.on_failure(None if interrupted else message)
         if not claim or self.claim():
-            write_now(escape_controls(f"error: {message}; all processes end\n"))
+            write_now("Interrupted.\n" if interrupted else escape_controls(f"error: {message}; all processes end\n"))
         if claim:
             self.end_in_order(silent=not failure.responds)
-        os._exit(failure.code)
+        exit_at_once(failure.code)
 
 
 def _ignore_stop_requests() -> None:

@@ -25,7 +25,9 @@ def train_and_record(inputs: TrainingInputs, supervise: Supervise | None = None)
     "failed". Errors of the loop are raised again.
     """
     run, plan, images, console, began = inputs.run, inputs.plan, inputs.images, inputs.console, now()
-    on_failure(lambda message: record_state(run, "failed", console, total=plan.steps, error=message))
+    on_failure(
+        lambda error: record_state(run, "failed" if error else "stopped", console, total=plan.steps, error=error)
+    )
     try:
         evaluator = write_result = None
         if supervise is not None:

@@ -47,9 +47,10 @@ from unmask.engine import pulse
 from unmask.engine.pulse import Pulse
 from unmask.engine.versions import provenance_versions
 from unmask.errors import UserError
-from unmask.system import processes
+from unmask.system import processes, stop_requests
+from unmask.system.launched_process import exit_at_once
 from unmask.system.processes import reject_other_launchers
-from unmask.system.stop_requests import StopRequest
+from unmask.system.stop_requests import INTERRUPTED, StopRequest
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -246,7 +247,12 @@ def joined() -> Iterator[World]:
         reject_other_launchers()
         yield current()
         return
-    _joined = _connect()
+    stop_requests.on_blocked = _end_blocked
+    try:
+        _joined = _connect()
+    except BaseException:
+        stop_requests.on_blocked = None
+        raise
     try:
         yield _joined
     except BaseException as error:
@@ -255,6 +261,7 @@ def joined() -> Iterator[World]:
         raise
     finally:
         _joined = ALONE
+        stop_requests.on_blocked = None
 
 
 @contextmanager
@@ -292,10 +299,19 @@ def blame_other_process(error: RuntimeError) -> None:
         _pulse.blame(error)
 
 
-def on_failure(record: Callable[[str], object]) -> None:
-    """Call `record` with a message before this process ends because another one has failed."""
+def on_failure(record: Callable[[str | None], object]) -> None:
+    """Call `record` before this process ends because another one has failed, with a message, or has been interrupted,
+    with None.
+    """
     if _pulse is not None:
         _pulse.on_failure = record
+
+
+def _end_blocked() -> None:
+    """End this process after a signal, although its main thread waits for other processes in a C library."""
+    if _pulse is not None:
+        _pulse.interrupt()
+    exit_at_once(INTERRUPTED)
 
 
 def _connect() -> World:

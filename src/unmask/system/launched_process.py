@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from contextlib import suppress
 from pathlib import Path
+from typing import NoReturn
 
 from unmask.system.processes import end_with
 
@@ -20,6 +21,8 @@ STOP = "stop"
 USAGE, STOPPED = 2, 75
 NOT_RESTARTED = (0, USAGE, STOPPED, 130)
 
+_this: LaunchedProcess | None = None
+
 
 class LaunchedProcess:
     """The part of a process in `unmask launch`. It has no effect in processes that were started otherwise.
@@ -28,6 +31,8 @@ class LaunchedProcess:
     """
 
     def __init__(self) -> None:
+        global _this
+        _this = self
         folder, launcher = os.environ.pop(FOLDER, None), os.environ.pop(LAUNCHER, "")
         self._file: Path | None = None
         self.ends_with: int | None = None
@@ -50,6 +55,11 @@ class LaunchedProcess:
             self._file.write_text(str(code))
             return 0
         return code
+
+
+def exit_at_once(code: int) -> NoReturn:
+    """End this process without cleaning up, with the exit code of the command, which is reported."""
+    os._exit(code if _this is None else _this.exit_code(code))
 
 
 def code_file(folder: Path, rank: int) -> Path:

@@ -24,7 +24,14 @@ from unmask.system.stalls import write_now
 INTERRUPTED = 130
 NOTHING_KEPT = "there is no checkpoint yet"
 ONE_PRESS = 0.5  # Seconds within which several SIGINTs count as one, because launchers forward Ctrl-C.
+BLOCKED = 3.0  # Seconds after which the main thread counts as blocked in a C library if it has not handled a signal.
 LATER = 0.05  # Seconds after which a signal is sent again if it arrived in code that ignores exceptions.
+
+on_blocked: Callable[[], object] | None = None
+"""Called by a thread if a signal arrives outside a training and the main thread is blocked; None: wait for it.
+
+Processes that work together set this, because each of them may be waiting for another one.
+"""
 
 
 class StopRequested(BaseException):
@@ -106,8 +113,20 @@ def stop_requests() -> Iterator[StopRequest]:
 @contextmanager
 def interrupts() -> Iterator[None]:
     """Context manager in which the first of the signals raises KeyboardInterrupt."""
-    presses = _Presses(lambda: "\nended at once; an unfinished file may remain, with .partial in its name\n")
     raised = False
+
+    def end_if_blocked() -> None:
+        if not raised and on_blocked is not None:
+            on_blocked()
+
+    def watch(number: int) -> None:
+        if on_blocked is not None:
+            timer = threading.Timer(BLOCKED, end_if_blocked)
+            timer.daemon = True
+            timer.start()
+
+    message = "\nended at once; an unfinished file may remain, with .partial in its name\n"
+    presses = _Presses(lambda: message, watch)
 
     def on_signal(number: int, frame: FrameType | None) -> None:
         nonlocal raised
@@ -151,11 +170,11 @@ class _Presses:
     """Ends the process on the second Ctrl-C, even if the main thread is busy in a C library.
 
     Python runs signal handlers only between bytecode instructions, but writes the number of each signal to a socket
-    immediately; a thread reads it from there.
+    immediately; a thread reads it from there. arrived: function that the thread calls with each number.
     """
 
-    def __init__(self, message: Callable[[], str]) -> None:
-        self.message = message
+    def __init__(self, message: Callable[[], str], arrived: Callable[[int], None] = lambda number: None) -> None:
+        self.message, self.arrived = message, arrived
         self.first: float | None = None
 
     @contextmanager
@@ -174,6 +193,7 @@ class _Presses:
         with here:
             while numbers := here.recv(16):
                 for number in numbers:
+                    self.arrived(number)
                     if number == signal.SIGINT:
                         self._count()
 
