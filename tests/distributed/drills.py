@@ -26,6 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -36,7 +37,7 @@ import psutil
 from conftest import small, write_images
 
 HERE = Path(__file__).parent
-STEPS, EVERY, PICTURES, BATCH, IMAGES = 30, 5, 10, 8, 28
+STEPS, EVERY, PICTURES, BATCH, IMAGES = 30, 5, 15, 8, 28
 LIMIT = 180.0  # seconds for a command that is not stopped
 STOP_SECONDS = 20.0  # from a stop request to the end of all processes
 DEAD_SECONDS = 45.0  # from a kill to the end of all other processes; torchrun waits 30 s before it kills them
@@ -328,7 +329,9 @@ class Drills:
     def require_equal(self, run: Path, groups: list[Group], whole: Result) -> str:
         """Require that a continued run equals an undisturbed one; return from where it went on."""
         found = result(run, *groups)
-        require(found.rows == whole.rows, f"rows of metrics.jsonl {found.rows}; expected {whole.rows}")
+        rows, expected = Counter(found.rows), Counter(whole.rows)
+        require(rows == expected, f"rows of metrics.jsonl too many: {rows - expected}, missing: {expected - rows}")
+        require(found.rows == whole.rows, "the order of the rows of metrics.jsonl")
         for step, loss in whole.losses.items():
             require(abs(found.losses[step] - loss) <= CLOSE * abs(loss), f"step {step}: {found.losses[step]}, {loss}")
         require(found.samples == whole.samples, "the samples of all steps")

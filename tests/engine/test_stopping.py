@@ -24,6 +24,7 @@ from unmask.data.image_reader import ImageReader
 from unmask.data.loader import eval_batches, training_batches
 from unmask.data.sources.open_source import open_source
 from unmask.engine.continue_run import resume
+from unmask.engine.fault_points import FaultPoints, injected
 from unmask.engine.samples import read_baselines
 from unmask.errors import LoadingFailed, TrainingFailed, UserError
 from unmask.methods.mae import MAE
@@ -385,6 +386,17 @@ def test_picture_that_a_stop_request_interrupts_is_drawn_after_the_resume(images
     assert sorted(path.name for path in run.pictures.iterdir()) == sorted(
         path.name for path in whole.pictures.iterdir()
     )
+
+
+def test_rows_of_step_0_are_logged_once_if_the_training_ends_before_the_first_checkpoint(images, tmp_path):
+    def end(job, at):
+        raise MemoryError
+
+    run, plain = tmp_path / "run", [*SMALL_RUN, "train.steps=3", "data.held_out=4"]
+    with injected(FaultPoints(before_step=end)), pytest.raises(MemoryError):
+        pretrain(images, recipe="mae_nano", out=run, settings=plain)
+    assert [row["step"] for row in Run(run).metrics()] == [0]
+    assert [row["step"] for row in resume(run).metrics() if "held_out_loss" in row] == [0, 1, 2, 3]
 
 
 def run_script(tmp_path: Path, code: str, *arguments: object, **environment: str) -> subprocess.CompletedProcess:

@@ -176,7 +176,7 @@ class Loop:
             position = restore(job) or initialise(job)
             pacer = open_pacer(job, stopwatch, inputs.evaluator)
             with report_failure(job, run.metrics_file):
-                run.truncate_metrics(position.step)
+                run.truncate_metrics(position.step or -1)  # the first picture, which is drawn again, logs a row too
             with report_failure(job, run.quarantine_file):
                 earlier = [row for row in run.quarantine() if "step" in row and row.get("code") != "CHANGED"]
                 images.gone_bad.update(row["name"] for row in earlier)
