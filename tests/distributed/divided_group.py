@@ -1,6 +1,7 @@
-"""Check and predict images in one of several processes: divided_group.py FOLDER, started by test_divided_work.py.
+"""Check and predict images in one of several processes: divided_group.py FOLDER [VERB RANK].
 
-The results of each rank go to FOLDER/N-processes/rank-R.json, with the number of reads of each file.
+The results of each rank go to FOLDER/N-processes/rank-R.json, with the number of reads of each file. With VERB and
+RANK, that rank fails while it checks or predicts.
 """
 
 import io
@@ -9,7 +10,8 @@ import os
 import re
 import sys
 from collections import Counter
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import chdir, contextmanager, nullcontext, redirect_stderr, redirect_stdout
+from hashlib import sha256
 from pathlib import Path
 from unittest.mock import patch
 
@@ -19,6 +21,8 @@ from unmask.data.sources.image_files import FilesSource
 from unmask.engine import check_data, divided_scan
 from unmask.engine.measure import Timing
 from unmask.engine.world import joined
+from unmask.evals import images as evaluated
+from unmask.finetuning.prediction_files import MaskFolder
 
 FOLDER = Path(sys.argv[1])
 CHECK = {
@@ -27,6 +31,12 @@ CHECK = {
     "sample": ["images", "--sample", "10"],
     "mostly bad": ["bad"],
     "pages": ["pages", "--set", "data.pages=samples"],
+}
+PREDICT = {
+    "csv": ["classify", "images", "--out", "a.csv"],
+    "json": ["classify", "images", "--out", "a.json"],
+    "masks": ["segment", "images", "--out", "masks"],
+    "boxes": ["detect", "images", "--out", "boxes.json"],
 }
 
 
@@ -55,7 +65,7 @@ def called(place: Path, name: str, *arguments: str) -> dict:
             code = 0
         except SystemExit as stop:
             code = stop.code
-    err = re.sub(r"checked in [^:]*:", "checked in TIME:", err.getvalue())
+    err = re.sub(r"checked in [^:]*:|\d+ (s|min \d+ s) left", "TIME", err.getvalue())
     return {"code": code, "out": out.getvalue(), "err": err, "reads": Counter(log.read_text().splitlines())}
 
 
@@ -65,6 +75,32 @@ def check(place: Path, name: str, arguments: list[str]) -> dict:
     result = called(place, name, "check", *arguments, "--json")
     os.environ["UNMASK_CACHE"] = "off"
     return result
+
+
+def predict(place: Path, name: str, arguments: list[str]) -> dict:
+    """Predict images; the output goes to `place`."""
+    run, images, option, out = arguments
+    with chdir(place):
+        result = called(place, name, "predict", f"../{run}", f"../{images}", option, out, "--device", "cpu", "--json")
+    files = [place / out] if (place / out).is_file() else sorted(file for file in place.glob(f"{out}/**/*.*"))
+    result["files"] = {str(file.relative_to(place)): sha256(file.read_bytes()).hexdigest() for file in files}
+    return result
+
+
+def fail(verb: str, rank: int) -> None:
+    """Call a verb; one rank fails, the writer of predictions while it writes them, others while they read images."""
+
+    def failing(*_):
+        raise RuntimeError("a fault for this test")
+
+    os.chdir(FOLDER)
+    where = (MaskFolder, "write") if verb == "predict" else (FilesSource, "read")
+    how = patch.object(*where, failing) if os.environ["RANK"] == str(rank) else nullcontext()
+    out = str(FOLDER / f"failed-{verb}")
+    arguments = ["segment", "images", "--out", out, "--device", "cpu"] if verb == "predict" else ["images"]
+    sys.argv = ["unmask", verb, *arguments]
+    with how:
+        commands.main()
 
 
 def main() -> None:
@@ -84,9 +120,17 @@ def main() -> None:
                 found[f"check {name}"] = check(place, name, arguments)
                 world.any(False)  # no process reads images of the next check before all have finished this one
             with patch.object(divided_scan, "share", lambda rows, _: rows):
-                found["control"] = check(place, "control", CHECK["all"])
+                found["check control"] = check(place, "control", CHECK["all"])
+        with patch.object(evaluated, "EVAL_BATCH", 4):
+            for name, arguments in PREDICT.items():
+                found[f"predict {name}"] = predict(place, name, arguments)
+                world.any(False)
+            with patch.object(evaluated, "own_rows", lambda rows, *_: rows):
+                found["predict control"] = predict(place, "control", ["classify", "images", "--out", "control.csv"])
+            world.any(False)
+            found["predict nothing"] = predict(place, "nothing", ["classify", "broken", "--out", "nothing.csv"])
         (place / f"rank-{world.rank}.json").write_text(json.dumps(found))
 
 
 if __name__ == "__main__":
-    main()
+    fail(sys.argv[2], int(sys.argv[3])) if sys.argv[2:] else main()

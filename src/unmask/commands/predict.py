@@ -37,7 +37,11 @@ class PredictRequest(Request):
 
 
 @command(
-    PredictRequest, panel=Panel.MEASURE, to_json=lambda result: result.to_json(), renamed={"--least": "--min-score"}
+    PredictRequest,
+    panel=Panel.MEASURE,
+    together=True,
+    to_json=lambda result: result.to_json(),
+    renamed={"--least": "--min-score"},
 )
 def predict(request: PredictRequest, console: Console) -> "PredictResult":
     """Return the path of the output and the number of images."""

@@ -1,6 +1,7 @@
 """Write predictions to files: a table of classes, a folder of masks, or boxes in COCO's format.
 
-The task determines the writer (`Task.annotation`):
+The task determines the writer (`Task.annotation`). Several processes may predict: each of them makes the contents of
+its images (`Writer.content`), and one process writes all contents in order.
 
 - classes: a table with `path`, `class`, `probability` of that class, and the probability of every class, as .csv, .json
   or .parquet. In .csv, texts that a spreadsheet would run as a formula get an apostrophe (`data/files/csv_cells.py`).
@@ -18,8 +19,9 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -32,6 +34,8 @@ from unmask.system.atomic_files import replace_file
 from unmask.task import Annotation, TaskConfig
 from unmask.tasks.detect import LEAST_SCORE, Found
 from unmask.tasks.segment import colour_table
+
+T = TypeVar("T")
 
 TABLES = (".csv", ".json", ".parquet")
 FILES_FILE = "files.json"
@@ -70,9 +74,19 @@ class PredictionFile:
     images: list[str]
     min_score: float = LEAST_SCORE
 
+    @cached_property
+    def mask_ids(self) -> np.ndarray:
+        """The id of each class in masks: uint8, or uint16 if an id is larger than 255 (then PNGs have no palette)."""
+        numbers = list(self.settings.class_ids)
+        return np.array(numbers, np.uint8 if max(numbers) < 256 else np.uint16)
 
-class Writer(Protocol):
-    """Writes predictions in one format.
+    @cached_property
+    def palette(self) -> bytes:
+        return mask_palette(self.mask_ids)
+
+
+class Writer(Protocol[T]):
+    """Writes predictions in one format. T: the content of one image; it can be pickled.
 
     unit: what the class counts refer to, such as "pixels". folder: whether `out` is a folder.
     """
@@ -81,8 +95,12 @@ class Writer(Protocol):
     folder: ClassVar[bool]
     endings: ClassVar[tuple[str, ...]]
 
-    def write(self, file: PredictionFile, predictions: Iterable[Predicted]) -> Written:
-        """Write all predictions. Files are written atomically."""
+    def content(self, file: PredictionFile, one: Predicted) -> T:
+        """Return what is written for one image."""
+        ...
+
+    def write(self, file: PredictionFile, contents: Iterable[T]) -> Written:
+        """Write the contents of all images. Files are written atomically."""
         ...
 
 
@@ -94,16 +112,24 @@ class ClassTable:
     folder: ClassVar[bool] = False
     endings: ClassVar[tuple[str, ...]] = TABLES
 
-    def write(self, file: PredictionFile, predictions: Iterable[Predicted]) -> Written:
-        rows, counts = [], Counter[str]()
-        for one in predictions:
-            share = one.prediction.cpu().numpy()
-            best = file.classes[int(share.argmax())]
-            each = {f"p({name})": float(value) for name, value in zip(file.classes, share, strict=True)}
-            rows.append({"path": one.name, "class": best, "probability": float(share.max()), **each})
-            counts[best] += 1
+    def content(self, file: PredictionFile, one: Predicted) -> dict[str, Any]:
+        share = one.prediction.cpu().numpy()
+        best = file.classes[int(share.argmax())]
+        each = {f"p({name})": float(value) for name, value in zip(file.classes, share, strict=True)}
+        return {"path": one.name, "class": best, "probability": float(share.max()), **each}
+
+    def write(self, file: PredictionFile, contents: Iterable[dict[str, Any]]) -> Written:
+        rows = list(contents)
         write_rows(file.out, rows)
-        return Written(len(rows), dict(counts))
+        return Written(len(rows), dict(Counter(row["class"] for row in rows)))
+
+
+class Mask(NamedTuple):
+    """The mask of one image. row: the image's row. png: the file. counts: number of pixels of each class."""
+
+    row: int
+    png: bytes
+    counts: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -114,31 +140,39 @@ class MaskFolder:
     folder: ClassVar[bool] = True
     endings: ClassVar[tuple[str, ...]] = ()
 
-    def write(self, file: PredictionFile, predictions: Iterable[Predicted]) -> Written:
-        names = file.classes
-        numbers = list(file.settings.class_ids)
-        ids = np.array(numbers, np.uint8 if max(numbers) < 256 else np.uint16)  # 16-bit PNGs have no palette
-        palette = mask_palette(ids)
+    def content(self, file: PredictionFile, one: Predicted) -> Mask:
+        found = one.prediction.cpu().numpy()
+        picture = Image.fromarray(file.mask_ids[found])
+        if file.mask_ids.dtype == np.uint8:
+            picture.putpalette(file.palette)
+        png = io.BytesIO()
+        picture.save(png, "PNG")
+        return Mask(one.row, png.getvalue(), np.bincount(found.ravel(), minlength=len(file.classes)))
+
+    def write(self, file: PredictionFile, contents: Iterable[Mask]) -> Written:
+        names, ids = file.classes, file.mask_ids
         done, counts = 0, np.zeros(len(names), np.int64)
         places = safe_names(file.images, ".png")
         if renamed := {name: to for name, to in zip(file.images, places, strict=True) if not _plain(name, to)}:
             replace_file(file.out / FILES_FILE, json.dumps(renamed, indent=1).encode())
-        for one in predictions:
-            found = one.prediction.cpu().numpy()
-            picture = Image.fromarray(ids[found])
-            if ids.dtype == np.uint8:
-                picture.putpalette(palette)
+        for one in contents:
             place = file.out / places[one.row]
             place.parent.mkdir(parents=True, exist_ok=True)
-            with name_in_errors(place):
-                picture.save(place)
-            counts += np.bincount(found.ravel(), minlength=len(names))
+            _write_whole(place, one.png)
+            counts += one.counts
             done += 1
         lines = ["(no class)"] * (int(ids.max()) + 1)
         for number, name in zip(ids.tolist(), names, strict=True):
             lines[number] = name
         (file.out / CLASSES_FILE).write_text("\n".join(lines) + "\n", "utf-8")
         return Written(done, {name: int(count) for name, count in zip(names, counts, strict=True) if count})
+
+
+class Boxes(NamedTuple):
+    """The boxes of one image. image: its entry in COCO's `images`. boxes: its annotations, without ids."""
+
+    image: dict[str, Any]
+    boxes: list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -149,27 +183,33 @@ class BoxFile:
     folder: ClassVar[bool] = False
     endings: ClassVar[tuple[str, ...]] = (".json",)
 
-    def write(self, file: PredictionFile, predictions: Iterable[Predicted]) -> Written:
+    def content(self, file: PredictionFile, one: Predicted) -> Boxes:
+        height, width = one.size
+        found: Found = one.prediction
+        boxes = []
+        for (x1, y1, x2, y2), label, score in zip(
+            *(part.tolist() for part in (found.boxes, found.labels, found.scores)), strict=True
+        ):
+            if score < file.min_score:
+                break  # best first
+            box = {"image_id": one.row, "category_id": label, "score": score}
+            boxes.append(box | {"bbox": [x1, y1, x2 - x1, y2 - y1], "area": (x2 - x1) * (y2 - y1)})
+        return Boxes({"id": one.row, "file_name": one.name, "height": height, "width": width}, boxes)
+
+    def write(self, file: PredictionFile, contents: Iterable[Boxes]) -> Written:
         counts, images, annotations = Counter[str](), [], list[dict[str, Any]]()
-        for one in predictions:
-            height, width = one.size
-            images.append({"id": one.row, "file_name": one.name, "height": height, "width": width})
-            found: Found = one.prediction
-            for (x1, y1, x2, y2), label, score in zip(
-                *(part.tolist() for part in (found.boxes, found.labels, found.scores)), strict=True
-            ):
-                if score < file.min_score:
-                    break  # best first
-                box = {"id": len(annotations), "image_id": one.row, "category_id": label, "score": score}
-                annotations.append(box | {"bbox": [x1, y1, x2 - x1, y2 - y1], "area": (x2 - x1) * (y2 - y1)})
-                counts[file.classes[label]] += 1
+        for one in contents:
+            images.append(one.image)
+            for box in one.boxes:
+                annotations.append({"id": len(annotations), **box})
+                counts[file.classes[box["category_id"]]] += 1
         categories = [{"id": number, "name": name} for number, name in enumerate(file.classes)]
         content = {"images": images, "categories": categories, "annotations": annotations}
         replace_file(file.out, json.dumps(content).encode())
         return Written(len(images), dict(counts))
 
 
-WRITERS: dict[Annotation, Writer] = {"classes": ClassTable(), "masks": MaskFolder(), "boxes": BoxFile()}
+WRITERS: dict[Annotation, Writer[Any]] = {"classes": ClassTable(), "masks": MaskFolder(), "boxes": BoxFile()}
 
 
 def mask_palette(ids: np.ndarray) -> bytes:
@@ -179,12 +219,22 @@ def mask_palette(ids: np.ndarray) -> bytes:
     return palette.tobytes()
 
 
+def _write_whole(path: Path, content: bytes) -> None:
+    """Write a file, and delete it if that fails."""
+    try:
+        with name_in_errors(path):
+            path.write_bytes(content)
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+
+
 def _plain(name: str, file: str) -> bool:
     """Return whether a mask file has the name of its image, except for the ending."""
     return name.rpartition(".")[0] + ".png" == file or name + ".png" == file
 
 
-def require_out(out: Path, writer: Writer) -> None:
+def require_out(out: Path, writer: Writer[Any]) -> None:
     """Raise UserError if `out` does not fit the predictions or cannot be written to.
 
     `unmask predict` calls this before it reads images, because reading may take hours.
