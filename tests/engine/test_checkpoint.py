@@ -13,7 +13,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from unmask.engine import checkpoint, checkpoint_manifest, fixed_tensors
+from unmask.engine import checkpoint, checkpoint_manifest, fixed_tensors, training_state
 from unmask.engine.checkpoint import (
     CheckpointError,
     CheckpointFull,
@@ -435,6 +435,15 @@ def test_too_little_disk_space_is_reported_before_training(run):
     with pytest.raises(CheckpointFull, match="free space"):
         checkpoint.check_space(run, 1 << 60)
     checkpoint.check_space(run, 1)
+
+
+def test_too_little_main_memory_for_a_whole_checkpoint_is_reported(run, monkeypatch):
+    needed = sum(file.stat().st_size for file in write(run, 3).iterdir() if file.name != "MANIFEST.json")
+    monkeypatch.setattr(training_state, "free_memory", lambda _: needed - 1)
+    with pytest.raises(CheckpointError, match=r"got a checkpoint of .* \(step 3\), but rank 0 has .* free; "):
+        training_state.require_memory(run)
+    monkeypatch.setattr(training_state, "free_memory", lambda _: needed)
+    training_state.require_memory(run)
 
 
 def test_fixed_tensors_are_stored_once_and_loaded_with_every_step(run):

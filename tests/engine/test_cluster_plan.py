@@ -164,6 +164,41 @@ def test_text_states_engine_memory_traffic_and_that_the_speed_is_unknown(capsys)
     assert "this does not fit; use " in capsys.readouterr().err
 
 
+def test_several_gpus_are_planned_for_without_memory_for_the_model(monkeypatch):
+    """A model that is divided may be too large for one GPU, and for the host that plans."""
+    config, spec = find("mae_nano"), typical_images(find("mae_nano"))
+    expected = planned(nodes=2, gpus=4)
+    monkeypatch.setattr(make_plan, "build_method", lambda *_: pytest.fail("the model was allocated"))
+    facts = make_plan.model_facts(config, spec, "bf16", "cuda:0", make_plan.Processes(8, 4))
+    assert facts.bytes_per_image == expected.bytes_per_image
+    assert facts.parameters == sum(shard.numel for shard in model_of("mae_nano").all)
+    division = make_plan.Division(config, facts.groups, 1, "bf16", make_plan.Devices(1 << 40, 2, 4))
+    assert division.memory() == expected.memory
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_too_little_main_memory_for_initial_weights_is_reported(monkeypatch, parallel):
+    config = override(find("mae_nano"), [f"train.parallel={parallel}", "train.steps=1", "train.device=cpu"])
+    needed = 4 * sum(shard.numel for shard in model_of("mae_nano").all)
+    facts = make_plan.DatasetFacts(typical_images(config), 1000, "")
+    monkeypatch.setattr(make_plan, "free_memory", lambda _: needed - 1)
+
+    def plan():
+        return make_plan.make_plan(
+            config, facts, make_plan.LoadingPlan(0, False), "cpu", processes=make_plan.Processes(2, 2)
+        )
+
+    if parallel == "ddp":
+        assert plan().parallel == "ddp"
+    else:
+        with pytest.raises(
+            ConfigError, match=r"got a model of 11.2 MiB, but rank 0 has 11.2 MiB of main memory free; "
+        ):
+            plan()
+        monkeypatch.setattr(make_plan, "free_memory", lambda _: needed)
+        assert plan().parallel == "fsdp"
+
+
 def test_training_takes_the_same_engine_and_micro_batch(monkeypatch):
     """The plan of a training on these GPUs agrees with `unmask plan`."""
     spec = typical_images(find("mae_nano"))

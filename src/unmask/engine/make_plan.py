@@ -12,10 +12,11 @@ from unmask.config import Config, ConfigError
 from unmask.console import duration
 from unmask.data.decode.reading import EARLIER, Reading
 from unmask.engine.build import build_method
-from unmask.engine.choose_parallel import USABLE_SHARE, Devices
+from unmask.engine.choose_parallel import FLOAT32, USABLE_SHARE, Devices, size
 from unmask.engine.device import choose_precision, free_memory
+from unmask.engine.flops import build_unallocated
 from unmask.engine.measure import NO_TIME, Timing, bytes_per_image, time_steps
-from unmask.engine.parallel_costs import Division, Model
+from unmask.engine.parallel_costs import Division, Model, pass_sizes
 from unmask.engine.time_budget import AIM, FEWEST_STEPS, USEFUL_STEPS, Budget
 from unmask.engine.training_plan import Plan
 from unmask.optim import peak_lr
@@ -108,11 +109,11 @@ def require_divisible(config: Config, processes: int) -> None:
 def require_micro_batch(config: Config) -> None:
     """Raise ConfigError if train.micro_batch does not divide the batch, or data.repeats does not divide both."""
     batch, wanted, repeats = config.train.batch_size, config.train.micro_batch, config.data.repeats
-    for name, size in (("batch_size", batch), ("micro_batch", wanted)):
-        if size is not None and size % repeats:
+    for name, given in (("batch_size", batch), ("micro_batch", wanted)):
+        if given is not None and given % repeats:
             raise ConfigError(
-                f"train.{name}={size} is not a multiple of data.repeats={repeats}, the number of samples per image; "
-                f"use {-(-size // repeats) * repeats}, or change data.repeats"
+                f"train.{name}={given} is not a multiple of data.repeats={repeats}, the number of samples per image; "
+                f"use {-(-given // repeats) * repeats}, or change data.repeats"
             )
     if wanted is not None and batch % wanted:
         near = min((d for d in range(1, batch + 1) if batch % d == 0), key=lambda d: abs(d - wanted))
@@ -289,9 +290,11 @@ def make_plan(
     made before, which are stored in the plan.
     """
     precision, why_precision = choose_precision(config.train.precision, device)
-    model = model_facts(config, dataset.spec, precision, device)
     require_divisible(config, processes.count)
+    model = model_facts(config, dataset.spec, precision, device, processes)
     division = divide(config, model, precision, device, processes)
+    if division is not None and division.engine != "ddp":
+        require_host_memory(FLOAT32 * model.parameters)
     fit = fit_of(division, model, device, processes)
     micro, why_micro = choose_micro_batch(config, model.bytes_per_image, device, processes, fit)
     share = micro // processes.count
@@ -344,15 +347,37 @@ def make_plan(
     )
 
 
-def model_facts(config: Config, spec: ImageSpec, precision: str, device: str) -> ModelFacts:
-    """Build the method once, count its parameters, and measure the memory that its activations need."""
-    method = build_method(config, spec).to(device)
+def model_facts(
+    config: Config, spec: ImageSpec, precision: str, device: str, processes: Processes = ONE_PROCESS
+) -> ModelFacts:
+    """Build the method once, count its parameters, and measure the memory that its activations need.
+
+    For several GPUs nothing is allocated, because the model may be too large for one of them.
+    """
+    if processes.count > 1 and device.startswith("cuda"):
+        method, sizes = build_unallocated(config, spec), pass_sizes(config, spec, precision)
+        groups, each = Model.of(method, sizes.cast), sizes.per_image
+    else:
+        method = build_method(config, spec).to(device)
+        groups = Model.in_bfloat16(method) if precision == "bf16" else Model.of(method)
+        each = bytes_per_image(method, spec, precision, device, recompute=config.train.recompute)
     return ModelFacts(
-        groups=Model.in_bfloat16(method) if precision == "bf16" else Model.of(method),
+        groups=groups,
         parameters=sum(p.numel() for p in method.parameters()),
         encoder_parameters=sum(p.numel() for p in method.encoder.parameters()),
-        bytes_per_image=bytes_per_image(method, spec, precision, device, recompute=config.train.recompute),
+        bytes_per_image=each,
     )
+
+
+def require_host_memory(needed: int) -> None:
+    """Raise ConfigError unless this process, which builds the initial weights, has `needed` bytes of main memory."""
+    free = free_memory("cpu")
+    if needed > free:
+        raise ConfigError(
+            f"got a model of {size(needed)}, but rank 0 has {size(free)} of main memory free; expected enough for the "
+            "initial weights of the whole model, which rank 0 draws and hands out; run rank 0 on a host with more "
+            "memory, or choose a smaller recipe"
+        )
 
 
 def few_epochs(samples: int, num_images: int, batch_size: int) -> tuple[str, ...]:
@@ -370,7 +395,7 @@ def for_processes(plan: Plan, config: Config, processes: Processes) -> Plan:
     """
     require_divisible(config, processes.count)
     unit = unit_of_batch(config, processes.count)
-    model = model_facts(config, plan.images, plan.precision, plan.device)
+    model = model_facts(config, plan.images, plan.precision, plan.device, processes)
     division = divide(config, model, plan.precision, plan.device, processes)
     micro = plan.micro_batch
     fit = fit_of(division, model, plan.device, processes)

@@ -21,7 +21,10 @@ from unmask.engine.checkpoint_formats import (
     describe_shards,
     read_shards,
 )
+from unmask.engine.checkpoint_manifest import listed_files
 from unmask.engine.checkpoint_writer import CheckpointWriter, Snapshot
+from unmask.engine.choose_parallel import size
+from unmask.engine.device import free_memory
 from unmask.engine.job import Job, Position, Step, report_failure
 from unmask.engine.load import take_weights
 from unmask.engine.pacing import Stopwatch
@@ -44,12 +47,16 @@ def initialise(job: Job) -> Position:
     The writer does this, and hands the weights out to the other processes, so that they do not depend on the number of
     processes or on how the weights are divided among them.
     """
-    world, method = job.world, job.method
-    if job.distributed.sharded and world.is_writer:
-        method = build_method(job.config, job.plan.images)
-    world.from_writer(lambda: prepare_weights(job, method))
+    world = job.world
+
+    def prepared() -> Method:
+        whole = build_method(job.config, job.plan.images) if job.distributed.sharded else job.method
+        prepare_weights(job, whole)
+        return whole
+
+    whole = world.on_writer(prepared)
     if not world.alone:
-        hand_out(job.method.state_dict(), method.state_dict() if world.is_writer else None, world)
+        hand_out(job.method.state_dict(), None if whole is None else whole.state_dict(), world)
     return Position()
 
 
@@ -138,10 +145,25 @@ def read_own_shards(job: Job, path: Path) -> tuple[dict[str, Tensor], dict[str, 
 
 def read_latest(job: Job) -> checkpoint.Checkpoint | None:
     """Return the newest intact checkpoint, which fits the method, or None without a checkpoint."""
+    if not job.world.alone:
+        require_memory(job.run)
     found = checkpoint.load_latest(job.run, log=job.console.warn)
     if found is not None:
         copy_weights.require_fit(job.method, found.model, f"the checkpoint of step {found.step} of {job.run.path}")
     return found
+
+
+def require_memory(run: Run) -> None:
+    """Raise CheckpointError unless this process has enough memory to read the newest checkpoint as a whole."""
+    for step, path in checkpoint.steps_on_disk(run)[:1]:
+        with suppress(checkpoint.Damaged):
+            needed, free = sum(number for number, _ in listed_files(path).values()), free_memory("cpu")
+            if needed > free:
+                raise CheckpointError(
+                    f"got a checkpoint of {size(needed)} (step {step}), but rank 0 has {size(free)} of main memory "
+                    "free; expected enough for the whole checkpoint, which rank 0 reads and hands out; run rank 0 on a "
+                    "host with more memory"
+                )
 
 
 def describe(tensors: Mapping[str, Tensor]) -> dict[str, tuple[torch.Size, torch.dtype]]:
