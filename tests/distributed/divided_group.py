@@ -8,6 +8,7 @@ import io
 import json
 import os
 import re
+import shutil
 import sys
 from collections import Counter
 from contextlib import chdir, contextmanager, nullcontext, redirect_stderr, redirect_stdout
@@ -18,6 +19,7 @@ from unittest.mock import patch
 from unmask import commands
 from unmask.data.scan import scan_cache
 from unmask.data.sources.image_files import FilesSource
+from unmask.data.sources.open_source import open_source
 from unmask.engine import check_data, divided_scan
 from unmask.engine.measure import Timing
 from unmask.engine.world import joined
@@ -77,6 +79,26 @@ def check(place: Path, name: str, arguments: list[str]) -> dict:
     return result
 
 
+def rescan(place: Path) -> dict:
+    """Scan the images of "check all" with the cache that it left, of which one file is no longer up to date.
+
+    Only the writer has the cache, as on a host of its own.
+    """
+    name, log = "rescan", place / f"rescan-reads-{os.environ['RANK']}.txt"
+    writes = os.environ["RANK"] == "0"
+    if writes:
+        shutil.copytree(place / "all/cache", place / name)
+    os.environ["UNMASK_CACHE"] = str(place / name) if writes else "off"
+    log.touch()
+    source = open_source("images")
+    source.changed[source.names.index("class0/0000.png")] -= 1
+    with counted(log):
+        found = divided_scan.scan_together(source)
+    os.environ["UNMASK_CACHE"] = "off"
+    facts = {key: str(value) for key, value in vars(found).items() if key != "seconds"}
+    return {"scan": facts, "reads": Counter(log.read_text().splitlines())}
+
+
 def predict(place: Path, name: str, arguments: list[str]) -> dict:
     """Predict images; the output goes to `place`."""
     run, images, option, out = arguments
@@ -88,14 +110,22 @@ def predict(place: Path, name: str, arguments: list[str]) -> dict:
 
 
 def fail(verb: str, rank: int) -> None:
-    """Call a verb; one rank fails, the writer of predictions while it writes them, others while they read images."""
+    """Call a verb; one rank fails, the writer of predictions while it writes them, others while they read images.
+
+    With the verb "differ", that rank checks other images than the others.
+    """
 
     def failing(*_):
         raise RuntimeError("a fault for this test")
 
     os.chdir(FOLDER)
+    fails = os.environ["RANK"] == str(rank)
+    if verb == "differ":
+        sys.argv = ["unmask", "check", "bad" if fails else "images"]
+        commands.main()
+        return
     where = (MaskFolder, "write") if verb == "predict" else (FilesSource, "read")
-    how = patch.object(*where, failing) if os.environ["RANK"] == str(rank) else nullcontext()
+    how = patch.object(*where, failing) if fails else nullcontext()
     out = str(FOLDER / f"failed-{verb}")
     arguments = ["segment", "images", "--out", out, "--device", "cpu"] if verb == "predict" else ["images"]
     sys.argv = ["unmask", verb, *arguments]
@@ -119,6 +149,8 @@ def main() -> None:
             for name, arguments in CHECK.items():
                 found[f"check {name}"] = check(place, name, arguments)
                 world.any(False)  # no process reads images of the next check before all have finished this one
+            found["rescan"] = rescan(place)
+            world.any(False)
             with patch.object(divided_scan, "share", lambda rows, _: rows):
                 found["check control"] = check(place, "control", CHECK["all"])
         with patch.object(evaluated, "EVAL_BATCH", 4):

@@ -124,7 +124,16 @@ def test_the_scan_cache_has_the_bytes_of_one_process(results, count, name):
 @pytest.mark.parametrize("count", [2, 3])
 @pytest.mark.parametrize(
     "name",
-    ["check all", "check workers", "check sample", "check mostly bad", "check pages", "predict csv", "predict masks"],
+    [
+        "check all",
+        "check workers",
+        "check sample",
+        "check mostly bad",
+        "check pages",
+        "rescan",
+        "predict csv",
+        "predict masks",
+    ],
 )
 def test_processes_read_each_file_as_often_as_one_process(results, count, name):
     _, found = results
@@ -137,6 +146,14 @@ def test_processes_read_each_file_as_often_as_one_process(results, count, name):
 def test_files_that_all_processes_read_are_detected(results, count, verb):
     _, found = results
     assert reads(found[count], f"{verb} control") != reads(found[1], f"{verb} control")
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_a_later_scan_reads_what_the_cache_of_the_writer_lacks(results, count):
+    _, found = results
+    (alone,), ranks = found[1], found[count]
+    assert alone["rescan"]["scan"]["known"] == "27", "28 of 37 files are readable, and one of them has changed"
+    assert [rank["rescan"]["scan"] for rank in ranks] == [alone["rescan"]["scan"]] * count
 
 
 @pytest.mark.parametrize("count", [2, 3])
@@ -173,3 +190,13 @@ def test_a_process_that_fails_ends_all_with_one_message(results, tmp_path, verb,
     assert codes == [1, 1], said
     assert said.count("\nerror: ") == 1, said
     assert "a fault for this test" in said
+
+
+def test_processes_with_different_images_are_rejected_with_one_message(results, tmp_path):
+    folder, _ = results
+    codes = wait(start(2, [sys.executable, str(SCRIPT), str(folder), "differ", "1"], tmp_path), 60)
+    said = outputs(tmp_path)
+    assert codes == [2, 2], said
+    assert said.count("\nerror: the images differ between processes: ") == 1, said
+    assert said.count("error: ") == 1, said
+    assert "give all hosts the same files" in said
