@@ -141,15 +141,16 @@ class Group:
                         os.kill(pid, number)
         return "all" if rank is None else f"rank {rank}"
 
-    def wait(self, seconds: float) -> float:
-        """Wait until no process is left, and return the seconds. Raises Failed."""
-        began = time.monotonic()
-        while not self.ended() or self.processes():
+    def wait(self, seconds: float, *, launcher: bool = True) -> float:
+        """Wait until no process is left, and return the seconds. launcher: whether it must end too. Raises Failed."""
+        began, ignored = time.monotonic(), [] if launcher else [self.started[0].pid]
+        while True:
+            left = [process for process in self.processes() if process.pid not in ignored]
+            if not left and (self.ended() or not launcher):
+                return time.monotonic() - began
             if time.monotonic() - began > seconds:
-                left = [(each.pid, each.ppid(), each.cmdline()[-3:]) for each in self.processes()]
-                raise Failed(f"still running after {seconds:g} s: {left}")
+                raise Failed(f"still running after {seconds:g} s: {left}\n{self.output()}")
             time.sleep(0.1)
-        return time.monotonic() - began
 
     def codes(self) -> list[int]:
         return [process.wait() for process in self.started]
@@ -259,9 +260,7 @@ class Drills:
         """Return the result of an undisturbed run in one process."""
         if self._whole is None:
             place = self.folder / "whole"
-            with running(place, 1, "direct", self.words(place / "run", "auto")) as group:
-                group.wait(LIMIT)
-                require(group.codes() == [0], group.output())
+            group = self.finished(place, self.words(place / "run", "auto"), 1, "direct")
             self._whole = result(place / "run", group)
             require(len(self._whole.samples) == STEPS * BATCH, "the undisturbed run has recorded all samples")
         return self._whole
@@ -270,39 +269,55 @@ class Drills:
         self, name: str, *, victim: int | None, moment: Moment, sizes: tuple[int, int], launcher: str, parallel: str
     ) -> str:
         """Kill one process or all, continue in another number of processes, and compare. Raises Failed."""
-        whole, place = self.whole(), self.folder / name
+        place = self.folder / name
         words = self.words(place / "run", parallel, f"data.workers={moment.count % 3}")
-        with running(place / "killed", sizes[0], launcher, words, **moment.slow(writes=0.2)) as group:
-            moment.wait(group, connected=victim is not None and launcher == "direct")
-            chosen = group.send(signal.SIGKILL, victim)
-            seconds = group.wait(DEAD_SECONDS)
-            require(any(group.codes()), f"nobody has noticed the kill\n{group.output()}")
-        what = f"{moment}: killed {chosen} of {sizes[0]}, ended after {seconds:.1f} s"
-        with running(place / "continued", sizes[1], launcher, words) as after:
-            after.wait(LIMIT)
-            require(set(after.codes()) == {0}, f"{what}\n{after.output()}")
-        went_on = self.require_equal(place / "run", [group, after], whole)
-        return f"{what}; went on from {went_on} with {sizes[1]}"
+        group, did = self.killed(place / "killed", words, sizes[0], launcher, victim=victim, moment=moment)
+        after = self.finished(place / "continued", words, sizes[1], launcher)
+        return f"{did}; went on from {self.require_equal(place / 'run', group, after)} with {sizes[1]}"
 
     def stop(
         self, name: str, *, number: signal.Signals, target: int | None, moment: Moment, launcher: str, parallel: str
     ) -> str:
         """Stop one of two processes or both with a signal, continue, and compare. Raises Failed."""
-        whole, place = self.whole(), self.folder / name
+        place = self.folder / name
         words = self.words(place / "run", parallel, "data.workers=2")
-        with running(place / "stopped", 2, launcher, words, **moment.slow(writes=0.2)) as group:
-            moment.wait(group)
+        group, did = self.stopped(place / "stopped", words, launcher, number=number, target=target, moment=moment)
+        after = self.finished(place / "continued", words, 2, launcher)
+        return f"{did}; went on from {self.require_equal(place / 'run', group, after)}"
+
+    def killed(
+        self, folder: Path, words: list[str], size: int, launcher: str, *, victim: int | None, moment: Moment
+    ) -> tuple[Group, str]:
+        """Start a command and kill one process or (None) all; return what ran and what happened. Raises Failed."""
+        with running(folder, size, launcher, words, **moment.slow(writes=0.2)) as group:
+            moment.wait(group, connected=victim is not None and launcher == "direct")
+            chosen = group.send(signal.SIGKILL, victim)
+            seconds = group.wait(DEAD_SECONDS)
+            require(any(group.codes()), f"nobody has noticed the kill\n{group.output()}")
+        return group, f"{moment}: killed {chosen} of {size}, ended after {seconds:.1f} s"
+
+    def stopped(
+        self, folder: Path, words: list[str], launcher: str, *, number: signal.Signals, target: int | None,
+        moment: Moment,
+    ) -> tuple[Group, str]:  # fmt: skip
+        """Start a command in two processes and stop them; return what ran and what happened. Raises Failed."""
+        with running(folder, 2, launcher, words, **moment.slow(writes=0.2)) as group:
+            moment.wait(group, connected=target is not None)
             trained = {row["rank"] for row in group.events("training")}
             chosen = group.send(number, target)
-            seconds = group.wait(STOP_SECONDS)
-        what = f"{moment}: {number.name} to {chosen}, ended after {seconds:.1f} s"
+            seconds = group.wait(STOP_SECONDS, launcher=launcher == "direct")
+            group.wait(DEAD_SECONDS)
+        did = f"{moment}: {number.name} to {chosen}, ended after {seconds:.1f} s"
         if len(trained) == group.size:  # the training loop begins or has begun in all
-            what += f" at step {self.require_stopped(place / 'run', group)}"
-        with running(place / "continued", 2, launcher, words) as after:
-            after.wait(LIMIT)
-            require(set(after.codes()) == {0}, f"{what}\n{after.output()}")
-        went_on = self.require_equal(place / "run", [group, after], whole)
-        return f"{what}; went on from {went_on}"
+            did += f" at step {self.require_stopped(Path(words[words.index('--out') + 1]), group)}"
+        return group, did
+
+    def finished(self, folder: Path, words: list[str], size: int, launcher: str) -> Group:
+        """Run a command to its end. Raises Failed."""
+        with running(folder, size, launcher, words) as group:
+            group.wait(LIMIT)
+            require(set(group.codes()) == {0}, group.output())
+        return group
 
     def require_stopped(self, run: Path, group: Group) -> int:
         """Require exit code 75 everywhere, and a verified checkpoint of the step that all have reached; return it."""
@@ -326,9 +341,12 @@ class Drills:
         require(group.output().count("continue with") == 1, f"one process prints\n{group.output()}")
         return status.step
 
-    def require_equal(self, run: Path, groups: list[Group], whole: Result) -> str:
-        """Require that a continued run equals an undisturbed one; return from where it went on."""
-        found = result(run, *groups)
+    def require_equal(self, run: Path, *groups: Group) -> str:
+        """Require that a run equals an undisturbed one; return from where its last part went on.
+
+        groups: what has trained it, one after another.
+        """
+        whole, found = self.whole(), result(run, *groups)
         rows, expected = Counter(found.rows), Counter(whole.rows)
         require(rows == expected, f"rows of metrics.jsonl too many: {rows - expected}, missing: {expected - rows}")
         require(found.rows == whole.rows, "the order of the rows of metrics.jsonl")
@@ -337,9 +355,11 @@ class Drills:
         require(found.samples == whole.samples, "the samples of all steps")
         require(found.baselines == whole.baselines, f"pictures of steps {found.baselines}; not {whole.baselines}")
         require(found.files == whole.files, f"files {sorted(found.files)}; expected {sorted(whole.files)}")
-        saved = {(row["step"], row["state"]) for group in groups[:-1] for row in group.events("saved")}
-        restored = {(row["step"], row["state"]) for row in groups[-1].events("restored")}
-        require(restored <= saved and len(restored) <= 1, f"the state restored, {restored}, is none of {sorted(saved)}")
+        saved: set[tuple[int, str]] = set()
+        for group in groups:
+            restored = {(row["step"], row["state"]) for row in group.events("restored")}
+            require(restored <= saved and len(restored) <= 1, f"the state restored, {restored}, is none of {saved}")
+            saved |= {(row["step"], row["state"]) for row in group.events("saved")}
         return f"step {next(iter(restored))[0]}" if restored else "the start"
 
 

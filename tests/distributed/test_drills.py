@@ -6,29 +6,25 @@ import time
 from pathlib import Path
 
 import pytest
-from drills import PICTURE, SAVE, STOP_SECONDS, TRAINING, Drills, Moment
+from drills import PICTURE, PICTURES, SAVE, STOP_SECONDS, TRAINING, Drills, Moment
 from group import outputs, start, wait
 
 
-@pytest.fixture(scope="module")
-def drills(tmp_path_factory):
-    return Drills(tmp_path_factory.mktemp("drills"))
+def test_run_that_is_killed_twice_and_stopped_equals_an_undisturbed_run(tmp_path):
+    """Its checkpoints are shards, which two processes write, one, and two again.
 
-
-def test_process_killed_while_shards_are_saved(drills):
-    moment = Moment(SAVE, 6, 0.1)
-    drills.kill("save", victim=1, moment=moment, sizes=(2, 1), launcher="direct", parallel="fsdp")
-
-
-def test_all_processes_killed(drills):
-    moment = Moment(TRAINING, 13)
-    drills.kill("all", victim=None, moment=moment, sizes=(1, 2), launcher="direct", parallel="ddp")
-
-
-def test_stop_request_interrupts_a_picture_that_another_process_draws(drills):
-    """The picture takes 60 s, but all processes end within 20 s, and the continued run draws it."""
-    moment = Moment(PICTURE, 2)
-    drills.stop("stop", number=signal.SIGUSR1, target=1, moment=moment, launcher="direct", parallel="ddp")
+    The picture during which it is stopped takes the writer 60 s, but all processes end within 20 s.
+    """
+    drills, run = Drills(tmp_path), tmp_path / "run"
+    words = drills.words(run, "fsdp", "data.workers=2")
+    one, _ = drills.killed(tmp_path / "1", words, 2, "direct", victim=1, moment=Moment(SAVE, 6, 0.1))
+    two, _ = drills.killed(tmp_path / "2", words, 1, "direct", victim=None, moment=Moment(TRAINING, 12))
+    three, _ = drills.stopped(
+        tmp_path / "3", words, "direct", number=signal.SIGUSR1, target=1, moment=Moment(PICTURE, 0)
+    )
+    assert drills.require_stopped(run, three) == PICTURES
+    four = drills.finished(tmp_path / "4", words, 2, "direct")
+    assert drills.require_equal(run, one, two, three, four) == f"step {PICTURES}"
 
 
 @pytest.mark.parametrize("rank", [0, 1])
