@@ -23,6 +23,7 @@ from unmask.engine.checkpoint import (
     load_model,
     save,
 )
+from unmask.engine.checkpoint_formats import SAFETENSORS_TYPES, safetensors_pieces
 from unmask.engine.copy_weights import graft
 from unmask.engine.optimizer_state import optimizer_to_tensors, tensors_to_optimizer
 from unmask.engine.prune_run import _old_checkpoints
@@ -60,6 +61,22 @@ def test_round_trip_is_exact_in_every_dtype(run):
         for name, value in model.items()
     )
     assert (run.checkpoints / "LATEST").read_text() == "step-00000007\n"
+
+
+def test_pieces_of_a_file_have_the_bytes_of_safetensors_and_the_memory_of_the_tensors():
+    shapes = {"b": (3, 5), "a": (), "z": (0, 4), "A.b": (7,), 'quoted "\\ é': (2, 3)}
+    tensors = {
+        f"{name}/{number}": (100 * torch.rand(shape)).to(dtype)
+        for number, dtype in enumerate(SAFETENSORS_TYPES)
+        for name, shape in shapes.items()
+    }
+    for given in (tensors, {}, {"w": torch.rand(3, 4).T}, {"rare": torch.zeros(3, dtype=torch.complex64)}):
+        pieces = safetensors_pieces(given)
+        whole = {name: value.contiguous() for name, value in given.items()}
+        assert b"".join(bytes(piece) for piece in pieces) == safetensors.torch.save(whole)
+    _, view = safetensors_pieces({"w": (weight := torch.zeros(4))})
+    weight.fill_(1)
+    assert bytes(view) == weight.numpy().tobytes(), "a copy would need the memory of a checkpoint once more"
 
 
 def test_loading_a_run_without_checkpoints_returns_none(run):

@@ -40,7 +40,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import safetensors.torch
 from torch import Tensor
 
 from unmask.console import escape_controls
@@ -51,10 +50,12 @@ from unmask.engine.checkpoint_formats import (
     CheckpointError,
     CheckpointFull,
     Damaged,
+    Digested,
+    Entry,
     Tensors,
     entry,
-    on_cpu,
     own_part,
+    safetensors_pieces,
     write_shards,
 )
 from unmask.engine.checkpoint_manifest import (
@@ -121,8 +122,8 @@ def save(
             (folder / SHARDS).mkdir(exist_ok=True)  # here, because torch hides an error of the disk
             files = write_shards(folder / SHARDS, model, optim, world.group)
         elif world.is_writer:
-            files[MODEL] = _write_tensors(folder / MODEL, model)
-            files[OPTIM] = _write_tensors(folder / OPTIM, optim)
+            files[MODEL] = _write(folder / MODEL, *safetensors_pieces(model))
+            files[OPTIM] = _write(folder / OPTIM, *safetensors_pieces(optim))
     except OSError as error:
         failure = error
     reports = world.gather((files, _why(failure), socket.gethostname()))
@@ -198,18 +199,16 @@ def _full(run: Run, step: int, why: str | None, by: str = "") -> CheckpointFull:
     )
 
 
-def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    content = safetensors.torch.save(on_cpu(tensors))
-    _write(path, content)
-    return entry(content)
-
-
-def _write(path: Path, content: bytes) -> None:
+def _write(path: Path, *pieces: Any) -> Entry:
+    """Write bytes-like pieces and flush the file to disk; return its entry in the manifest."""
     fault_points().before_write(path)
     with path.open("wb") as file:
-        file.write(content)
+        stream = Digested(file)
+        for piece in pieces:
+            stream.write(piece)
         file.flush()
         os.fsync(file.fileno())
+    return stream.entry()
 
 
 def _clear_leftovers(run: Run) -> None:

@@ -36,6 +36,11 @@ MODEL, OPTIM, SHARDS = "model.safetensors", "optim.safetensors", "dcp"
 SHARD = re.compile(r"dcp/shard-\d{5,}-model-\d{5,}-of-\d{5,}\.safetensors")
 IN_MODEL, IN_OPTIM = "model/", "optim/"
 
+SAFETENSORS_TYPES = {  # in the order in which safetensors stores tensors
+    torch.int64: "I64", torch.float64: "F64", torch.float32: "F32", torch.int32: "I32", torch.bfloat16: "BF16",
+    torch.float16: "F16", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+
 Entry = dict[str, Any]  # {"size": bytes, "sha256": digest} of a file in the manifest
 
 
@@ -58,6 +63,29 @@ def entry(content: bytes) -> Entry:
 
 def on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+
+
+def safetensors_pieces(tensors: Mapping[str, Tensor]) -> list[Any]:
+    """Return the content of a safetensors file as its header and a view of the memory of each tensor.
+
+    The bytes are those of `safetensors.torch.save`, which copies all tensors and lets no other thread run meanwhile, so
+    that training would wait.
+    """
+    held, order = on_cpu(tensors), list(SAFETENSORS_TYPES)
+    if not {value.dtype for value in held.values()} <= SAFETENSORS_TYPES.keys():
+        return [safetensors.torch.save(held)]
+    ordered = sorted(held, key=lambda name: (order.index(held[name].dtype), name.encode()))
+    header, views, end = dict[str, Any](), [], 0
+    for name in ordered:
+        array: Any = held[name].reshape(-1).view(torch.uint8).numpy()
+        view = memoryview(array)
+        start, end = end, end + len(view)
+        shape = list(held[name].shape)
+        header[name] = {"dtype": SAFETENSORS_TYPES[held[name].dtype], "shape": shape, "data_offsets": [start, end]}
+        views.append(view)
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return [len(text).to_bytes(8, "little") + text, *views]
 
 
 def own_part(tensor: Tensor) -> Tensor:
@@ -111,11 +139,11 @@ def _shard_writer(folder: Path) -> Any:
             assert mode == "wb", "only shards are written"
             fault_points().before_write(Path(path))
             with Path(path).open("wb") as file:
-                stream = _Digested(file)
+                stream = Digested(file)
                 yield stream
                 file.flush()
                 os.fsync(file.fileno())
-            self.written[Path(path).name] = {"size": stream.size, "sha256": stream.sha256.hexdigest()}
+            self.written[Path(path).name] = stream.entry()
 
     class Writer(HuggingFaceStorageWriter):
         """Keeps an error of the disk, so that the other processes finish and all can agree on it."""
@@ -138,13 +166,17 @@ def _shard_writer(folder: Path) -> Any:
     return writer
 
 
-class _Digested:
+class Digested:
     """A file opened for writing that computes the SHA-256 of its content."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file, self.size, self.sha256 = file, 0, hashlib.sha256()
 
-    def write(self, content: bytes) -> int:
+    def entry(self) -> Entry:
+        """Return the size and SHA-256 of what was written, for the manifest."""
+        return {"size": self.size, "sha256": self.sha256.hexdigest()}
+
+    def write(self, content: Any) -> int:
         self.sha256.update(content)
         self.size += len(content)
         return self.file.write(content)

@@ -2,8 +2,11 @@
 
 A snapshot costs the time and the host memory of one copy of what this process would write: with AdamW in float32, 12
 bytes per parameter for the writer of a dense checkpoint (weights and two moments), and this process's share of them for
-shards. The memory is free again once the checkpoint is complete. While it is written, the largest file of the
-checkpoint is in memory once more, as the bytes that are hashed and written.
+shards. The memory is free again once the checkpoint is complete. For a time the largest file of the checkpoint is in
+memory once more: a shard as the bytes that are written, another file when it is read again and verified.
+
+The thread uses no library function that copies much memory without letting other threads run, because training would
+wait for it (except for shards, whose bytes safetensors makes).
 
 At most one checkpoint is being written; a save waits for the one before. Several processes agree on each outcome over a
 process group of their own, because the thread and the training would otherwise mix their messages.
