@@ -161,7 +161,7 @@ def test_a_loss_that_depends_on_values_is_measured_on_real_tensors(monkeypatch):
     assert pass_sizes(config, images, "bf16") == expected
 
 
-@pytest.mark.parametrize("recipe", ["mae_nano", "simmim_nano", "crossmae_nano"])
+@pytest.mark.parametrize("recipe", ["mae_nano", "simmim_nano", "crossmae_nano", "igpt_nano"])
 def test_recomputing_blocks_keep_their_inputs_and_one_block(recipe):
     config = resolved(recipe)
     images = typical_images(config)

@@ -13,8 +13,9 @@ from torch import nn
 
 from unmask.nn.blocks import Block
 from unmask.nn.cross import CrossBlock
+from unmask.nn.gpt import Block as GPTBlock
 
-BLOCKS = (Block, CrossBlock)
+BLOCKS = (Block, CrossBlock, GPTBlock)
 
 
 def compile_blocks(method: nn.Module, backend: str = "inductor") -> int:

@@ -119,6 +119,14 @@ class Block(nn.Module):
         self.norm2 = Norm(width)
         self.mlp = MLP(width)
 
+    def forward(self, x: Float[Tensor, "B N D"], *, only_normed: bool = False) -> Float[Tensor, "B N D"]:
+        """Return the output, or with only_normed the normalised input (n^l in the paper)."""
+        normed = self.norm1(x)
+        if only_normed:
+            return normed
+        x = x + self.attn(normed)[0]
+        return x + self.mlp(self.norm2(x))
+
 
 class GPT(ImageEncoder):
     """See the module docstring. causal: if True, token t is predicted from the tokens before it; if False, all tokens
@@ -168,10 +176,8 @@ class GPT(ImageEncoder):
         painted = self.palette[ids].unflatten(1, self.grid).movedim(-1, 1)
         return painted.repeat_interleave(self.patch[0], 2).repeat_interleave(self.patch[1], 3)
 
-    def layers(
-        self, ids: Int[Tensor, "B N"], hidden: Bool[Tensor, "B N"] | None = None
-    ) -> Iterator[Float[Tensor, "B N D"]]:
-        """Yield the normalised input of each block (n^l in the paper), then the output: depth + 1 tensors.
+    def embed(self, ids: Int[Tensor, "B N"], hidden: Bool[Tensor, "B N"] | None = None) -> Float[Tensor, "B N D"]:
+        """Return the input of the first block.
 
         Causal: position t depends on the tokens before t only. hidden: tokens whose content is removed; their positions
         remain.
@@ -181,20 +187,24 @@ class GPT(ImageEncoder):
             x = x * ~hidden[..., None]
         if self.sos is not None:
             x = torch.cat([self.sos.expand(len(x), 1, -1), x[:, :-1]], 1)
-        x = x + self.positions
+        return x + self.positions
+
+    def layers(
+        self, ids: Int[Tensor, "B N"], hidden: Bool[Tensor, "B N"] | None = None
+    ) -> Iterator[Float[Tensor, "B N D"]]:
+        """Yield the normalised input of each block, then the output: depth + 1 tensors. hidden: see `embed`."""
+        x = self.embed(ids, hidden)
         for block in self.blocks:
-            assert isinstance(block, Block)
-            normed = block.norm1(x)
-            yield normed
-            x = x + block.attn(normed)[0]
-            x = x + block.mlp(block.norm2(x))
+            yield block(x, only_normed=True)
+            x = block(x)
         yield self.norm(x)
 
     def run(self, ids: Int[Tensor, "B N"], hidden: Bool[Tensor, "B N"] | None = None) -> Float[Tensor, "B N D"]:
         """Return the normalised output of the last block."""
-        for normed in self.layers(ids, hidden):
-            last = normed
-        return last
+        x = self.embed(ids, hidden)
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
 
     def feature_layers(
         self, images: Shaped[Tensor, "B C H W"], hidden: Bool[Tensor, "B N"] | None = None, scale: Scale | None = None
@@ -206,7 +216,11 @@ class GPT(ImageEncoder):
 
     def forward(self, images: Shaped[Tensor, "B C H W"], scale: Scale | None = None) -> Features:
         """Features of the configured layer, with no token hidden. scale: see `ImageEncoder.accept`."""
-        return next(islice(self.feature_layers(images, scale=scale), self.layer, None))
+        x = self.embed(self.ids(self.accept(images, scale)))
+        for block in islice(self.blocks, self.layer):
+            x = block(x)
+        last = self.norm(x) if self.layer == self.depth else self.blocks[self.layer](x, only_normed=True)
+        return Features(cls=None, patches=last, grid=self.grid)
 
     def step(self, tokens: Float[Tensor, "B n D"], place: int, cache: Cache | None) -> tuple[Tensor, Cache]:
         """Return the output (B, n, D) for n more tokens, the first at `place`, and a cache; with a `cache`, n must be
