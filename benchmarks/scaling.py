@@ -1,6 +1,6 @@
 """Measure training in several processes, beside Lightning's DDP with lightly's MAE in the same run.
 
-    python benchmarks/scaling.py [--parts processes overhead saving checkpoint start] [--json] [--keep]
+    python benchmarks/scaling.py [--parts processes overhead saving start checkpoint] [--json] [--keep]
     python benchmarks/scaling.py --gpus 8 [--recipe mae_large --batch 256]
 
 processes: images/s of complete trainings (loading, step, logging) in one process with all cores, and in several
@@ -16,13 +16,13 @@ turns: without DDP, with it, and once more without, whose ratio shows the precis
 saving: every few steps of a training, the next of three modes is taken: no checkpoint, one that is written in the
 background (as usual), one for which training waits. `pause_ms` is the time from the end of a step to the beginning of
 the next one; `pause_share` is its excess over "no checkpoint", divided by the time of a step. `lost_s` is the excess of
-all steps up to the next mode, which on a CPU contains the processor time of writing. Lightning's checkpoints are
-written while training waits.
-
-checkpoint: bytes and seconds of a checkpoint of --large, for which training waits. unmask computes SHA-256 digests,
-flushes all files to disk, and verifies the older checkpoints; Lightning does none of these.
+all steps up to the next mode, which on a CPU contains the processor time of writing; `longest_step_ms` is the longest
+of these steps. Lightning's checkpoints are written while training waits.
 
 start: seconds from the command to the end of the first step.
+
+checkpoint: bytes and seconds of a checkpoint of --large, for which training waits. unmask computes SHA-256 digests,
+flushes all files to disk, and verifies the checkpoints that it keeps; Lightning does none of these.
 
 --tiny uses very small sizes, for the test of this script.
 """
@@ -56,7 +56,7 @@ from scale import picture
 from unmask.config import Config, override
 from unmask.recipes.catalogue import find
 
-PARTS = ("processes", "overhead", "saving", "checkpoint", "start")
+PARTS = ("processes", "overhead", "saving", "start", "checkpoint")
 WARM_UP = 2  # steps before the timed ones
 MODES = ("none", "background", "foreground")
 LIMIT = 600.0  # seconds after which a measurement is ended
@@ -429,13 +429,14 @@ def saving_rows(task: Task, tell: Callable[[list[dict[str, Any]]], None]) -> Non
     for number, mode in enumerate(task.modes, start=1):
         step = number * task.every
         first, last = str(step), str(step + task.every)
+        times = range(step + 1, step + task.every + 1)
         pauses = [rank["begun"][str(step + 1)] - rank["ended"][first] for rank in ranks]
         windows[mode].append({
             "pause": max(pauses), "seconds": max(rank["ended"][last] - rank["ended"][first] for rank in ranks),
             "cpu": sum(rank["used"][last] - rank["used"][first] for rank in ranks),
+            "longest": max(ranks[0]["ended"][str(one)] - ranks[0]["begun"][str(one)] for one in times),
         })  # fmt: skip
         if mode == "none":
-            times = range(step + 1, step + task.every + 1)
             plain += [ranks[0]["ended"][str(one)] - ranks[0]["begun"][str(one)] for one in times]
     middle = {
         mode: {key: statistics.median(one[key] for one in found) for key in found[0]} for mode, found in windows.items()
@@ -450,7 +451,8 @@ def saving_rows(task: Task, tell: Callable[[list[dict[str, Any]]], None]) -> Non
         pause = its["pause"] - base["pause"]
         rows.append({
             **about, "mode": mode, "step_ms": 1e3 * one_step, "pause_ms": 1e3 * its["pause"],
-            "pause_share": pause / one_step, "window_s": its["seconds"], "lost_s": its["seconds"] - base["seconds"],
+            "pause_share": pause / one_step, "longest_step_ms": 1e3 * its["longest"],
+            "window_s": its["seconds"], "lost_s": its["seconds"] - base["seconds"],
             "cpu_lost_s": its["cpu"] - base["cpu"], "write_s": statistics.median(write) if write else None,
             "mib": sizes[0] / 2**20 if sizes else None, "windows": len(steps),
         })  # fmt: skip
@@ -538,10 +540,10 @@ def options_of(arguments: Sequence[str] | None = None) -> Any:
     parser.add_argument("--gpus", type=int, help="use this many GPUs (default: the cores, without GPUs)")
     parser.add_argument("--processes", type=int, nargs="+", help="numbers of processes (default: 1 and 2)")
     parser.add_argument("--recipe", help="default: mae_small, with --gpus mae_large")
-    parser.add_argument("--batch", type=int, help="images per step (default 64); with --gpus per GPU (default 256)")
+    parser.add_argument("--batch", type=int, help="images per step (default 32); with --gpus per GPU (default 256)")
     parser.add_argument("--large", default="mae_base", help="recipe of the part `checkpoint` (default mae_base)")
     parser.add_argument("--steps", type=int, help="timed steps per training")
-    parser.add_argument("--every", type=int, default=4, help="steps between two modes of `saving` (default 4)")
+    parser.add_argument("--every", type=int, default=3, help="steps between two modes of `saving` (default 3)")
     parser.add_argument("--precision", choices=["bf16", "fp32"], help="default: as unmask chooses")
     options = parser.parse_args(arguments)
     found = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -565,12 +567,12 @@ def main() -> None:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     counts = options.processes or (counts_of(options.gpus) if gpu else [1, 2])
     precision = options.precision or choose_precision("auto", "cuda" if gpu else "cpu")[0]
-    batch = options.batch or (8 if tiny else 256 if gpu else 64)
+    batch = options.batch or (8 if tiny else 256 if gpu else 32)
     rounds = 1 if tiny else options.rounds
     rivals = ["unmask", *(["lightning"] if find_spec("pytorch_lightning") and find_spec("lightly") else [])]
     base = Task(
         "unmask", 1, "none", options.recipe or ("mae_nano" if tiny else "mae_large" if gpu else "mae_small"), batch,
-        precision, gpu=gpu, tiny=tiny, steps=options.steps or (2 if tiny else 20 if gpu else 8),
+        precision, gpu=gpu, tiny=tiny, steps=options.steps or (2 if tiny else 20 if gpu else 6),
     )  # fmt: skip
 
     def task_of(who: str, count: int, engine: str | None = None, **more: Any) -> Task:
@@ -605,15 +607,17 @@ def main() -> None:
             alone = [task_of("lightning", 1, "ddp")] if "lightning" in rivals else []
             process_rows([*both, *alone], rounds, tell)
         if "overhead" in options.parts:
-            overhead_rows(task_of("unmask", 1, steps=2 if tiny else 8 * rounds), tell)
+            overhead_rows(task_of("unmask", 1, steps=2 if tiny else 6 * rounds), tell)
         if "saving" in options.parts:
             for task in [task_of("unmask", count) for count in sorted({1, several})]:
                 saving_rows(replace(task, every=2 if tiny else options.every, modes=MODES * rounds), tell)
             if "lightning" in rivals:
                 modes = ("none", "foreground") * rounds
                 saving_rows(task_of("lightning", 1, every=2 if tiny else options.every, modes=modes), tell)
+        if "start" in options.parts:
+            start_rows([task for task in both if task.processes in (1, several)], rounds, tell)
         if "checkpoint" in options.parts:
-            modes = ("foreground",) * (1 if tiny else rounds)
+            modes = ("foreground",) * min(2, rounds)
             large = partial(task_of, recipe="mae_nano" if tiny else options.large, every=1, modes=modes)
             kinds = [(1, "none", "dense"), (1, "none", "dcp")]
             kinds += [(several, "ddp", "dense"), (several, "ddp", "dcp"), (several, "fsdp", "dcp")] * (several > 1)
@@ -623,8 +627,6 @@ def main() -> None:
             if "lightning" in rivals:
                 task = large("lightning", 1)
                 checkpoint_rows(task if gpu else replace(task, batch=4), tell)
-        if "start" in options.parts:
-            start_rows([task for task in both if task.processes in (1, several)], rounds, tell)
     finally:
         shutil.rmtree(data, ignore_errors=True)
     if options.json:
