@@ -181,6 +181,7 @@ def explain(error: Exception) -> int:
     """Print an error and return the exit code. Unexpected errors are printed with a traceback."""
     if callable(getattr(error, "show", None)):
         return _explain_usage(error)
+    prefix = processes.error_prefix()
     if isinstance(error, RunInUse):  # 75, because scripts can retry when the other process has finished
         message, code = str(error), STOPPED
     elif isinstance(error, UserError):
@@ -196,11 +197,11 @@ def explain(error: Exception) -> int:
     else:
         import traceback
 
-        if processes.speaks():
+        if prefix is not None:
             print(escape_controls("".join(traceback.format_exception(error))), file=sys.stderr)
         message, code = f"this is a fault in unmask: {type(error).__name__}: {error}", FAILED
-    if processes.speak_once():
-        print(escape_controls(f"error: {message}"), file=sys.stderr)
+    if prefix is not None:
+        print(escape_controls(f"error: {prefix}{message}"), file=sys.stderr)
     return code
 
 
@@ -214,6 +215,8 @@ def _explain_path(error: OSError) -> str:
 
 def _explain_usage(error: Any) -> int:
     """Print one of click's usage errors, with a hint for a renamed option or for an option that is a setting."""
+    if not processes.speaks_for_host():
+        return getattr(error, "exit_code", USAGE)
     if isinstance(message := getattr(error, "message", None), str):
         error.message = escape_controls(message)
     hint = _renamed_option(error) or _nearest_option(error) or _hint_for_option(error)

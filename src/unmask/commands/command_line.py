@@ -2,6 +2,7 @@
 
 import inspect
 import json
+from contextlib import AbstractContextManager, nullcontext
 from typing import Annotated, Any
 
 import typer
@@ -10,7 +11,7 @@ from typer.main import get_command
 from unmask.commands.declare import DONE, Command
 from unmask.console import Console, escape_controls
 from unmask.option import DeclaredOption, options_of
-from unmask.system.processes import reject_launchers, speaks
+from unmask.system.processes import launched, reject_launchers, speaks
 
 AS_JSON = typer.Option("--json", help="Print one JSON object on stdout.")
 
@@ -20,8 +21,8 @@ def build(name: str, verb: Command) -> Any:
 
     def run(as_json: bool, **values: Any) -> None:
         reject_launchers(name, together=verb.together)
-        request = verb.request(**_given(verb, values))
-        result = verb.call(request, Console(silent=not speaks()))
+        with _together(verb):
+            result = verb.call(verb.request(**_given(verb, values)), Console(silent=not speaks()))
         if not speaks():  # another process of this command prints the result
             pass
         elif as_json:
@@ -38,6 +39,15 @@ def build(name: str, verb: Command) -> Any:
     settings = {"allow_interspersed_args": not verb.passes_on}
     app.command(name, help=verb.help, rich_help_panel=verb.panel.value, context_settings=settings)(run)
     return get_command(app)
+
+
+def _together(verb: Command) -> AbstractContextManager[object]:
+    """Return the context manager in which all processes that a launcher has started execute a verb."""
+    if not verb.together or launched() == 1:
+        return nullcontext()
+    from unmask.engine.world import joined
+
+    return joined()
 
 
 def _keyword(name: str, annotation: Any, default: Any) -> inspect.Parameter:

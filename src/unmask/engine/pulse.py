@@ -37,7 +37,9 @@ LEFT = "left"
 CAUSE_INTERRUPTED = "was interrupted"
 CLOSE_SECONDS = 2.0  # longest wait for a thread that waits for the store
 OWN_ERROR_SECONDS = 3.0  # seconds in which the main thread may fail by itself, after another process has failed
-LAST_SECONDS = OWN_ERROR_SECONDS + 4 * BEAT  # longest wait of the process that holds the store for the others to end
+SAME_ERROR_SECONDS = 2.0  # seconds in which rank 0 may fail for the same cause as another process, which then is silent
+LAST_SECONDS = OWN_ERROR_SECONDS + 4 * BEAT  # shortest limit of the wait for the other processes to end
+CULPRIT_SECONDS = 20.0  # longest wait until it is known which process has failed
 
 
 def limit_seconds() -> float:
@@ -91,7 +93,7 @@ class Pulse:
         self._closing = _connect(limit)  # for the main thread, because a client does one operation at a time
         self._closed = threading.Event()
         self._threads: list[threading.Thread] = []
-        self._contact = time.monotonic()
+        self._contact, self._cause = time.monotonic(), ""
         self._store.set(f"{key}/who/{rank}", json.dumps({"host": self.host, "pid": self.pid}))
 
     def start(self) -> None:
@@ -106,6 +108,27 @@ class Pulse:
     def failed(self) -> bool:
         """Whether this process has ended its part because of an error."""
         return self._closed.is_set()
+
+    def error_prefix(self) -> str | None:
+        """Return the text before the message about an error, or None if another process prints the message.
+
+        Rank 0 prints an error that it has too. An error of another process names that process.
+        """
+        if self.rank != 0 and self._rank_0_has(self._cause):
+            return None
+        if not self.claim():
+            return None
+        return "" if self.rank == 0 else f"rank {self.rank} on {self.host}: "
+
+    def _rank_0_has(self, cause: str) -> bool:
+        """Return whether rank 0 fails for the same cause within a short time."""
+        key, deadline = f"{self.key}/cause", time.monotonic() + SAME_ERROR_SECONDS
+        with suppress(Exception):
+            while time.monotonic() < deadline:
+                if self._closing.check([key]):
+                    return self._closing.get(key).decode() == cause
+                time.sleep(TICK)
+        return False
 
     def claim(self) -> bool:
         """Return True in the first process that calls this; it prints the message about an error."""
@@ -129,8 +152,10 @@ class Pulse:
         else:
             code = 2 if isinstance(error, UserError) else 1
             own = Failure(self.rank, self.host, self.pid, f"failed: {_line(error)}", code)
-        found = None
+        self._cause, found = own.cause, None
         with suppress(RuntimeError):
+            if self.rank == 0:
+                self._closing.set(f"{self.key}/cause", own.cause)
             found = self._recorded(self._closing)
         self._close()
         if found is not None and found.cause != own.cause:
@@ -172,12 +197,13 @@ class Pulse:
 
         They still read from the store why they end. silent: number of processes that are unable to record anything.
         """
-        key, deadline = f"{self.key}/ended", time.monotonic() + LAST_SECONDS
+        limit = max(LAST_SECONDS, min(self.limit, CULPRIT_SECONDS))
+        keys, deadline = [f"{self.key}/ended/{rank}" for rank in range(self.size)], time.monotonic() + limit
         with suppress(Exception):
-            ended = self._closing.add(key, 1)
-            while self._holds_store and ended < self.size - silent and time.monotonic() < deadline:
+            self._closing.set(keys[self.rank], "")
+            while self._holds_store and len(keys) > silent and time.monotonic() < deadline:
+                keys = [key for key in keys if not self._closing.check([key])]
                 time.sleep(TICK)
-                ended = self._closing.add(key, 0)
 
     @property
     def _holds_store(self) -> bool:
@@ -250,7 +276,7 @@ class Pulse:
 
     def _culprit(self) -> Failure | None:
         """Wait until it is known which other process has failed or ended; None if nothing is known in time."""
-        deadline, before, since = time.monotonic() + min(self.limit, 20.0), self._pulses(), time.monotonic()
+        deadline, before, since = time.monotonic() + min(self.limit, CULPRIT_SECONDS), self._pulses(), time.monotonic()
         while time.monotonic() < deadline:
             if (failure := self._recorded(self._closing)) is not None:
                 return failure

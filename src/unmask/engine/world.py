@@ -254,6 +254,7 @@ def joined() -> Iterator[World]:
         stop_requests.on_blocked = None
         raise
     try:
+        _joined.require_same("versions", _versions(), "install the same versions on all hosts")
         yield _joined
     except BaseException as error:
         assert _pulse is not None
@@ -322,13 +323,23 @@ def _connect() -> World:
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank % torch.cuda.device_count())
     here = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    processes.error_prefix = lambda: "" if processes.speaks_for_host() else None
     try:
         if not dist.is_initialized():
+            if rank > 0 and not pulse.launcher_holds_store():
+                _require_store(seconds)
             backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
             dist.init_process_group(backend, timeout=COLLECTIVE, **_store_of_attempt(rank, size))
             atexit.register(_disconnect)
         group = dist.new_group(backend="gloo", timeout=FOREVER)
+    except WorldError:
+        raise
     except (RuntimeError, ValueError, OSError) as error:
+        if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
+            raise WorldError(
+                f"got MASTER_PORT={os.environ['MASTER_PORT']}; expected a free port, but another program on "
+                f"{socket.gethostname()} uses it; set MASTER_PORT to another port, the same for all processes"
+            ) from None
         raise WorldError(
             f"rank {rank} of {size} could not connect to the other processes at {here}: "
             f"{str(error).splitlines()[0]}; start all {size} processes at about the same time, with an address and a "
@@ -339,10 +350,45 @@ def _connect() -> World:
         key = world.from_writer(lambda: uuid.uuid4().hex)
         _pulse = Pulse(rank, size, key, seconds)
         _pulse.start()
-        processes.speak_once = _pulse.claim
-    version = _versions()
-    world.require_same("versions", version, "install the same versions on all hosts")
+        processes.error_prefix = _pulse.error_prefix
     return world
+
+
+def _require_store(seconds: float) -> None:
+    """Wait until rank 0 answers at its address. Raises WorldError if another program has accepted connections there for
+    `seconds`.
+
+    Torch would wait without limit for the answer of such a program, so another thread waits for it.
+    """
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    errors: list[Exception] = []
+
+    def connect() -> None:
+        try:
+            dist.TCPStore(host, port, is_master=False, timeout=COLLECTIVE)
+        except Exception as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=connect, daemon=True, name="unmask connect")
+    thread.start()
+    since = None
+    while thread.join(1.0) or thread.is_alive():
+        since = (since or time.monotonic()) if _is_open(host, port) else None
+        if since is not None and time.monotonic() - since > seconds:
+            raise WorldError(
+                f"got MASTER_ADDR={host} and MASTER_PORT={port}; expected rank 0 there, but another program uses that "
+                "port; set MASTER_PORT to another port, the same for all processes"
+            )
+    if errors:
+        raise errors[0]
+
+
+def _is_open(host: str, port: int) -> bool:
+    try:
+        socket.create_connection((host, port), timeout=1.0).close()
+    except OSError:
+        return False
+    return True
 
 
 def _store_of_attempt(rank: int, size: int) -> dict[str, Any]:

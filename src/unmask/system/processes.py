@@ -183,8 +183,20 @@ def speaks() -> bool:
     return launched() == 1 or os.environ.get("RANK") == "0"
 
 
-speak_once: Callable[[], bool] = speaks
-"""Return whether this process prints the message about an error. Processes that work together replace this function."""
+def speaks_for_host() -> bool:
+    """Return whether this process prints errors that occur before the processes are connected: one per host."""
+    return speaks() or os.environ.get("LOCAL_RANK") == "0"
+
+
+def _prefix_of_first() -> str | None:
+    return "" if speaks() else None
+
+
+error_prefix: Callable[[], str | None] = _prefix_of_first
+"""Return the text before the message about an error of this process, or None if another process prints it.
+
+Processes that work together replace this function.
+"""
 
 
 def reject_launchers(verb: str, *, together: bool, environment: Mapping[str, str] | None = None) -> None:
