@@ -164,7 +164,7 @@ def _run() -> int:
         code = INTERRUPTED
     except Exception as error:
         return explain(error)
-    if code == INTERRUPTED and processes.speak_once():
+    if code == INTERRUPTED and processes.error_prefix() is not None:
         print(_interrupted(), file=sys.stderr)
     return code if isinstance(code, int) else 0
 

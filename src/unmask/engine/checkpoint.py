@@ -441,6 +441,12 @@ def check_space(run: Run, needed: int) -> None:
         )
 
 
+def newest_size(run: Run) -> int:
+    """Return the size in bytes of the newest checkpoint, without verifying it; 0 if there is none."""
+    paths = [path for _, path in steps_on_disk(run)[:1]]
+    return sum(file.stat().st_size for path in paths for file in path.rglob("*") if file.is_file())
+
+
 def newest_step(run: Run) -> int | None:
     """Return the newest step that has a checkpoint, without verifying it, or None if no step has one."""
     return next((step for step, _ in steps_on_disk(run)), None)

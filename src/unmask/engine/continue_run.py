@@ -99,7 +99,8 @@ def resume(
 
 def divided_anew(run: Run, plan: Plan, config: Config, world: World, console: Console) -> Plan:
     """Return the plan for another number of processes than before, after writing it to plan.json."""
-    new = for_processes(plan, config, Processes(world.size, world.local_size))
+    read = checkpoint.newest_size(run) if world.alone else 0  # several processes check this when they read it
+    new = for_processes(plan, config, Processes(world.size, world.local_size), read=read)
     run.write(PLAN, new.model_dump(mode="json"))
     shares = f"micro-batches of {new.micro_batch}" + (f", {new.parallel}" if new.processes > 1 else "")
     console.print(f"continuing with {new.processes} instead of {plan.processes} processes: {shares}")

@@ -202,6 +202,23 @@ def division_of_steps(division: Division | None, batch: int, micro: int) -> dict
     return fields | {"processes": count, "parallel": division.engine, "divide_gradients": divided}
 
 
+def require_state_memory(plan: Plan, division: Division, processes: Processes, *, read: int) -> None:
+    """Raise ConfigError if the state of each process does not fit its device, or rank 0 is unable to read a checkpoint.
+
+    division: how the processes divide the training. read: bytes of the checkpoint that rank 0 reads as a whole.
+    """
+    state = division.memory().total
+    on_host = state * processes.on_this_host if plan.device == "cpu" else 0
+    for device, needed in ((plan.device, state), ("cpu", on_host + read)):
+        if needed > (free := free_memory(device)):
+            count = "1 process" if processes.count == 1 else f"{processes.count} processes"
+            raise ConfigError(
+                f"got {count} for a run of {plan.processes}; expected {size(needed)} of free memory for model, "
+                f"gradients and moments{' and the checkpoint' if read else ''}, but {size(free)} are free; continue with "
+                f"{plan.processes} processes, or on a machine with more memory"
+            )
+
+
 def choose_steps(
     config: Config,
     num_images: int,
@@ -387,16 +404,20 @@ def few_epochs(samples: int, num_images: int, batch_size: int) -> tuple[str, ...
     return (f"only {samples / num_images:.3g} epochs: expect the loss to be far above its minimum",)
 
 
-def for_processes(plan: Plan, config: Config, processes: Processes) -> Plan:
+def for_processes(plan: Plan, config: Config, processes: Processes, *, read: int = 0) -> Plan:
     """Return the plan of a run that continues with this number of processes.
 
     The micro-batch stays the same if it can be divided among them and each share fits in memory, so that results change
-    by rounding at most. Raises ConfigError.
+    by rounding at most. read: bytes of a checkpoint that a single process reads. Raises ConfigError, also if there is
+    not enough memory for the state and the checkpoint.
     """
     require_divisible(config, processes.count)
     unit = unit_of_batch(config, processes.count)
     model = model_facts(config, plan.images, plan.precision, plan.device, processes)
     division = divide(config, model, plan.precision, plan.device, processes)
+    automatic = config.model_copy(update={"train": config.train.model_copy(update={"parallel": "auto"})})
+    alone = Division(automatic, model.groups, model.bytes_per_image, plan.precision, Devices(0, 1, 1))
+    require_state_memory(plan, division or alone, processes, read=read)
     micro = plan.micro_batch
     fit = fit_of(division, model, plan.device, processes)
     most = max(1, fit(plan.batch_size // micro)) * processes.count

@@ -119,6 +119,10 @@ class Source(ABC):
             digest.update(f"{name}\0{size}\n".encode("utf-8", "surrogateescape"))
         return digest.hexdigest()
 
+    def summary(self) -> str:
+        """Return the number of images and the beginning of the fingerprint, to compare the data of several hosts."""
+        return f"{len(self)} images with fingerprint {self.fingerprint()[:16]}"
+
     def with_reading(self, reading: Reading) -> Self:
         """Return a copy of this source whose files are decoded by `reading`."""
         return self._with(reading=reading)
