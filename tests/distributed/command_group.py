@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+SMALL_FILE = 40_000  # bytes; larger than messages, smaller than checkpoints
 CHANGED = b"this is not an image any more"
 
 
@@ -25,10 +26,11 @@ CHANGED = b"this is not an image any more"
 class Command:
     """A command and the faults of rank `rank`, or of all processes for those that say so.
 
-    words: the command line after `unmask`. change: an image that is replaced in all processes after the scan, and
-    restored after the command. stop_after: step after which the process gets SIGUSR1. not_finite: steps in which its
-    loss is NaN. full_disk: steps [first, last] between which no file may grow. same_stream: whether all processes train
-    on the images of rank 0. version: the version of torch that the process reports. folder: its current directory.
+    words: the command line after `unmask`. instead: the one of the process, if it differs. change: an image that is
+    replaced in all processes after the scan, and restored after the command. stop_after: step after which the process
+    gets SIGUSR1. not_finite: steps in which its loss is NaN, once each. full_disk: steps [first, last] in which it can
+    write small files only. same_stream: whether all processes train on the images of rank 0. versions: what the process
+    reports. folder: its current directory.
     """
 
     name: str
@@ -39,8 +41,9 @@ class Command:
     not_finite: tuple[int, ...] = ()
     full_disk: tuple[int, int] | None = None
     same_stream: bool = False
-    version: str | None = None
+    versions: str | None = None
     folder: str | None = None
+    instead: tuple[str, ...] = ()
 
 
 def append(path: Path, row: dict[str, Any]) -> None:
@@ -65,7 +68,7 @@ def recorded(folder: Path, command: Command, here: bool) -> Iterator[None]:
     from unmask.engine.sharding import Distributed
     from unmask.nn import masks
 
-    rank, hidden = os.environ["RANK"], []
+    rank, hidden, done = os.environ["RANK"], [], set()
     plain_loss, plain_boxes, plain_mask = Distributed.loss, ImageReader._boxes, masks.mask_from_noise
     plain_batches = stream.training_batches
 
@@ -93,7 +96,9 @@ def recorded(folder: Path, command: Command, here: bool) -> Iterator[None]:
             "pixels": [digest(one) for one in batch.images],
         }
         append(folder / f"samples-{rank}.jsonl", row)
-        bad = here and clock.step + 1 in command.not_finite
+        bad = here and clock.step + 1 in command.not_finite and clock.step + 1 not in done
+        if bad:
+            done.add(clock.step + 1)
         return replace(found, value=found.value * float("nan")) if bad else found
 
     def batches(*args, **kwargs):
@@ -111,7 +116,7 @@ def recorded(folder: Path, command: Command, here: bool) -> Iterator[None]:
 @contextmanager
 def faulty(folder: Path, command: Command, here: bool) -> Iterator[None]:
     """Context manager with the faults of `command`; `here` is whether this process has them."""
-    from unmask.engine import world
+    from unmask.engine import shared_run, world
     from unmask.engine.fault_points import FaultPoints, injected
     from unmask.nn.whole import whole
 
@@ -120,32 +125,38 @@ def faulty(folder: Path, command: Command, here: bool) -> Iterator[None]:
     first, last = command.full_disk or (0, 0)
     image = None if command.change is None else Path(command.change)
     before = None if image is None else image.read_bytes()
+    found: dict[str, str] = {}
 
     def before_training(run):
         world.current().gather(None)  # another process may compare the images with those of the run
         if image is not None:
             write(image, CHANGED)
 
+    def weights(job):
+        return digest(*(whole(value) for value in job.method.state_dict().values()))
+
     def before_step(job, at):
+        found["before"] = weights(job)
         if here and at.step + 1 == first:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (0, unlimited[1]))
-        if here and at.step == last:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (SMALL_FILE, unlimited[1]))
+        if here and at.step + 1 > last:
             resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
 
     def after_step(job, step):
-        append(steps, {
-            "step": step.number, "consumed": step.consumed,
-            "weights": digest(*(whole(value) for value in job.method.state_dict().values())),
-        })  # fmt: skip
+        append(steps, {"step": step.number, "consumed": step.consumed, **found, "after": weights(job)})
         if here and step.number == command.stop_after:
             os.kill(os.getpid(), signal.SIGUSR1)
         return step
 
     points = FaultPoints(before_training=before_training, before_step=before_step, after_step=after_step)
     plain = world._versions()
-    found = f"{plain}, torch {command.version}" if here and command.version else plain
+    version = command.versions if here and command.versions else plain
     try:
-        with injected(points), patch.object(world, "_versions", lambda: found):
+        with (
+            injected(points),
+            patch.object(world, "_versions", lambda: version),
+            patch.object(shared_run, "VISIBLE_SECONDS", 1.0),
+        ):
             yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
@@ -162,19 +173,21 @@ def write(path: Path, content: bytes) -> None:
 
 def run(command: Command, folder: Path) -> int:
     from unmask import commands
+    from unmask.engine import world
 
     rank = int(os.environ["RANK"])
     here = rank == command.rank
     folder = folder / command.name
     folder.mkdir(parents=True, exist_ok=True)
-    sys.argv = ["unmask", *command.words]
-    if here and command.folder:
-        os.chdir(command.folder)
+    sys.argv = ["unmask", *(command.instead if here and command.instead else command.words)]
+    os.chdir(command.folder if here and command.folder else folder)
     with recorded(folder, command, here), faulty(folder, command, here):
         try:
             commands.main()
         except SystemExit as end:
-            (folder / f"code-{rank}").write_text(str(end.code))
+            (folder / f"code-{rank}").write_text(str(end.code or 0))
+            if end.code not in (None, 0, 75):  # the next command begins as if no command had failed
+                world._pulse = None
             return int(end.code or 0)
     raise AssertionError("the command always exits")
 
@@ -189,4 +202,5 @@ if __name__ == "__main__":
     file, seen = map(Path, sys.argv[1:])
     for each in json.loads(file.read_bytes()):
         code = run(Command(**each), seen)
+        print(f"--- end of {each['name']}", flush=True)
     sys.exit(code)
