@@ -22,6 +22,6 @@ if __name__ == "__main__":
         with interrupts():
             wait(Path(sys.argv[1]))
     except KeyboardInterrupt:
-        if processes.speak_once():
+        if processes.error_prefix() is not None:
             print(_interrupted())
         sys.exit(INTERRUPTED)

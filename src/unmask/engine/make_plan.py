@@ -214,8 +214,8 @@ def require_state_memory(plan: Plan, division: Division, processes: Processes, *
             count = "1 process" if processes.count == 1 else f"{processes.count} processes"
             raise ConfigError(
                 f"got {count} for a run of {plan.processes}; expected {size(needed)} of free memory for model, "
-                f"gradients and moments{' and the checkpoint' if read else ''}, but {size(free)} are free; continue with "
-                f"{plan.processes} processes, or on a machine with more memory"
+                f"gradients and moments{' and the checkpoint' if read else ''}, but {size(free)} are free; continue "
+                "with as many processes as before, or on a machine with more memory"
             )
 
 
