@@ -34,7 +34,7 @@ class Record:
         self.slow: dict[str, float] = json.loads(os.environ.get("DRILL_SLOW", "{}"))
 
     def __call__(self, event: str, **values: Any) -> None:
-        row = {"event": event, "rank": int(self.rank), "pid": os.getpid(), **values}
+        row = {"event": event, "rank": int(self.rank), "pid": os.getpid(), "time": time.time(), **values}
         with self.path.open("ab", buffering=0) as file:
             file.write(json.dumps(row).encode() + b"\n")
 
