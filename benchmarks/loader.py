@@ -46,7 +46,7 @@ from unmask.batch import ImageSpec
 from unmask.data.augment import CROP_DRAWS, CropConfig, crop_boxes
 from unmask.data.decode.decode import header
 from unmask.data.image_reader import ImageReader
-from unmask.data.loader import training_batches
+from unmask.data.loader import MicroBatches, training_batches
 from unmask.data.order import Order
 from unmask.data.pack_images import pack
 from unmask.data.sources.open_source import open_source
@@ -104,7 +104,7 @@ def measured(source: Source, what: str, most: int, options: argparse.Namespace) 
     boxes, flips = drawn(source, order.index, images)
 
     def run(data: ImageReader) -> None:
-        for _ in training_batches(data, start=0, batch=batch, batches=count // batch, workers=0):
+        for _ in training_batches(data, MicroBatches(0, batch, count // batch), workers=0):
             pass
 
     rivals = {
@@ -244,7 +244,7 @@ def with_workers(
     workers, batches = options.workers, max(6 * options.workers, (1 if options.tiny else 1536) // batch)
 
     def stream(data: ImageReader) -> Iterator[Any]:
-        return training_batches(data, start=0, batch=batch, batches=batches, workers=workers)
+        return training_batches(data, MicroBatches(0, batch, batches), workers=workers)
 
     rivals: dict[str, Callable[[], Iterator[Any]]] = {
         "unmask": lambda: stream(images),

@@ -39,7 +39,7 @@ from PIL import Image
 from unmask.batch import ImageSpec
 from unmask.data.augment import CropConfig
 from unmask.data.image_reader import ImageReader
-from unmask.data.loader import training_batches
+from unmask.data.loader import MicroBatches, training_batches
 from unmask.data.order import Order
 from unmask.data.scan.scan import scan
 from unmask.data.scan.scan_cache import cache_file
@@ -215,7 +215,7 @@ def loading_rows(counts: list[int], images: int, rounds: int) -> list[dict[str, 
     for _ in range(rounds):
         for count, own in sets.items():
             start = time.perf_counter()
-            batches = training_batches(own, start=count // 2, batch=BATCH, batches=images // BATCH + 1, workers=0)
+            batches = training_batches(own, MicroBatches(count // 2, BATCH, images // BATCH + 1), workers=0)
             next(batches)
             begun = time.perf_counter()
             for _ in batches:

@@ -11,7 +11,7 @@ from unmask.config import ConfigError
 from unmask.data.augment import CropConfig, cut, cut_later, part_size
 from unmask.data.device_crops import resample, to_device, weights
 from unmask.data.image_reader import ImageReader
-from unmask.data.loader import training_batches
+from unmask.data.loader import MicroBatches, training_batches
 from unmask.data.order import Order
 from unmask.data.sources.open_source import open_source
 from unmask.engine.continue_run import resume
@@ -69,7 +69,7 @@ def drawn(folder, *, workers=0, on_device=True, repeats=1, batch=8, start=0) -> 
     source = open_source(folder)
     spec = ImageSpec(3, (16, 16), "uint8", (0.0,) * 3, (1.0,) * 3)
     images = ImageReader(source, np.arange(len(source)), spec, CropConfig(), repeats=repeats, on_device=on_device)
-    stream = training_batches(images, start=start, batch=batch, batches=(64 - start) // batch, workers=workers)
+    stream = training_batches(images, MicroBatches(start, batch, (64 - start) // batch), workers=workers)
     return [to_device(delivery.batch, "cpu") for delivery in stream]
 
 

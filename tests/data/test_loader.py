@@ -15,7 +15,7 @@ from unmask.data import image_reader
 from unmask.data.augment import CropConfig
 from unmask.data.decode.bad_image import BadImage
 from unmask.data.image_reader import ImageReader
-from unmask.data.loader import choose_workers, eval_batches, training_batches
+from unmask.data.loader import MicroBatches, choose_workers, eval_batches, training_batches
 from unmask.data.order import Order, SampleIndices, places
 
 COUNT = 20
@@ -43,7 +43,7 @@ def images(origin=None, *, size=(8, 8), seed=0, **more):
 def drawn(data, *, start=0, batch=8, batches=5, workers=0):
     """Return (row, epoch, label, digest of the pixels) of each sample."""
     digests = []
-    for delivery in training_batches(data, start=start, batch=batch, batches=batches, workers=workers):
+    for delivery in training_batches(data, MicroBatches(start, batch, batches), workers=workers):
         got = delivery.batch
         assert got.labels is not None
         for pixels, index, epoch, label in zip(got.images, got.index, got.epoch, got.labels, strict=True):
@@ -134,7 +134,7 @@ def test_images_can_be_sent_to_other_processes():
 
 @pytest.mark.parametrize("size", [(8, 8), (6, 14), (14, 6), (40, 50)])
 def test_batches_have_the_shape_and_dtype_of_the_data_set(size):
-    delivery = next(training_batches(images(size=size), start=0, batch=4, batches=1, workers=0))
+    delivery = next(training_batches(images(size=size), MicroBatches(0, 4, 1), workers=0))
     assert delivery.batch.images.shape == (4, 3, *size)
     assert delivery.batch.images.dtype == torch.uint8
     assert delivery.batch.images.is_contiguous(memory_format=torch.channels_last)
@@ -143,7 +143,7 @@ def test_batches_have_the_shape_and_dtype_of_the_data_set(size):
 
 def test_small_images_are_enlarged_and_one_pixel_is_enough():
     origin = Memory({"a.png": file_of(np.full((1, 1, 3), 9, np.uint8), "PNG")})
-    got = next(training_batches(images(origin, size=(16, 24)), start=0, batch=2, batches=1, workers=0)).batch.images
+    got = next(training_batches(images(origin, size=(16, 24)), MicroBatches(0, 2, 1), workers=0)).batch.images
     assert (got == 9).all()
 
 
@@ -287,7 +287,7 @@ def test_bad_file_is_reported_and_replaced_reproducibly():
     sound = drawn(images())
     changed = [i for i, (a, b) in enumerate(zip(one, sound, strict=True)) if a != b]
     assert {sound[i][0] for i in changed} == {3, 7}
-    told = [bad for d in training_batches(images(origin), start=0, batch=20, batches=1, workers=0) for bad in d.bad]
+    told = [bad for d in training_batches(images(origin), MicroBatches(0, 20, 1), workers=0) for bad in d.bad]
     assert sorted((bad.name, bad.code) for bad in told) == [("003.png", "NOT_IMAGE"), ("007.png", "EMPTY")]
 
 
@@ -345,7 +345,7 @@ def test_closing_the_iterator_ends_its_workers():
     import multiprocessing
 
     before = set(multiprocessing.active_children())
-    stream = training_batches(images(), start=0, batch=4, batches=1000, workers=2)
+    stream = training_batches(images(), MicroBatches(0, 4, 1000), workers=2)
     started = set(multiprocessing.active_children()) - before
     assert len(started) == 2
     next(stream)
@@ -371,7 +371,7 @@ def parts(ranks, *, batch, repeats=1, workers=0, rank_of=lambda rank: rank):
     data, whole = images(repeats=repeats), {}
     taken = [places(batch, rank_of(rank), ranks, repeats) for rank in range(ranks)]
     for rank, own in enumerate(taken):
-        stream = training_batches(data, start=batch, batch=batch, batches=3, workers=workers, rank=rank, ranks=ranks)
+        stream = training_batches(data, MicroBatches(batch, batch, 3, rank, ranks), workers=workers)
         for number, delivery in enumerate(stream):
             got = delivery.batch
             assert len(got) == batch // ranks

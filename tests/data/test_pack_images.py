@@ -20,7 +20,7 @@ from unmask.data.augment import CropConfig, cut
 from unmask.data.decode.decode import decode, header
 from unmask.data.decode.image_header import packed_note
 from unmask.data.image_reader import ImageReader
-from unmask.data.loader import training_batches
+from unmask.data.loader import MicroBatches, training_batches
 from unmask.data.order import Order
 from unmask.data.pack_images import PackError, pack
 from unmask.data.scan.scan import scan
@@ -82,7 +82,7 @@ def digests(data: Path, monkeypatch: pytest.MonkeyPatch, *, workers: int = 0, ca
             return drawn, flips
 
         monkeypatch.setattr(ImageReader, "_boxes", boxes)
-    for delivery in training_batches(images, start=0, batch=7, batches=4, workers=workers):
+    for delivery in training_batches(images, MicroBatches(0, 7, 4), workers=workers):
         batch = delivery.batch
         mask = random_mask(len(batch), (4, 4), 0.75, Draws(0, batch.epoch, batch.index))
         found += [(index, keep) for index, keep in zip(batch.index.tolist(), mask.keep.tolist(), strict=True)]

@@ -21,7 +21,7 @@ from unmask.batch import ImageSpec
 from unmask.data.augment import CropConfig
 from unmask.data.decode.bad_image import BadImage
 from unmask.data.image_reader import ImageReader
-from unmask.data.loader import eval_batches, training_batches
+from unmask.data.loader import MicroBatches, eval_batches, training_batches
 from unmask.data.sources.open_source import open_source
 from unmask.engine.continue_run import resume
 from unmask.engine.fault_points import FaultPoints, injected
@@ -86,7 +86,7 @@ def test_stopped_worker_is_reported_with_its_file_and_ended(images, tmp_path, mo
         monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
         pool = eval_batches(data, np.arange(30).repeat(40), batch=2, workers=2)
     else:
-        pool = training_batches(data, start=0, batch=2, batches=1000, workers=2, folder=tmp_path)
+        pool = training_batches(data, MicroBatches(0, 2, 1000), workers=2, folder=tmp_path)
     next(pool)
     workers = multiprocessing.active_children()
     os.kill(workers[0].pid, signal.SIGSTOP)
@@ -111,12 +111,12 @@ def test_file_that_never_ends_is_reported(images, tmp_path, monkeypatch):
     real = type(data.source).read
     monkeypatch.setattr(type(data.source), "read", lambda self, row: time.sleep(60) if row == 7 else real(self, row))
     with pytest.raises(LoadingFailed, match=r"reading 0007\.png"):
-        list(training_batches(data, start=0, batch=10, batches=6, workers=1, folder=tmp_path))
+        list(training_batches(data, MicroBatches(0, 10, 6), workers=1, folder=tmp_path))
 
 
 def test_killed_worker_is_detected_at_once_even_if_others_hold_its_pipe(images):
-    pool = training_batches(loader_images(images), start=0, batch=2, batches=1000, workers=2)
-    others = training_batches(loader_images(images), start=0, batch=2, batches=1000, workers=1)  # forked later
+    pool = training_batches(loader_images(images), MicroBatches(0, 2, 1000), workers=2)
+    others = training_batches(loader_images(images), MicroBatches(0, 2, 1000), workers=1)  # forked later
     next(pool)
     first = min(multiprocessing.active_children(), key=lambda worker: worker.pid or 0)
     first.kill()
@@ -187,7 +187,7 @@ def test_error_in_a_worker_is_raised_in_the_main_process():
 def test_dev_shm_is_not_used(images):
     """Docker limits /dev/shm to 64 MB, so the loader must not use /dev/shm."""
     before = set(os.listdir("/dev/shm"))
-    pool = training_batches(loader_images(images), start=0, batch=30, batches=50, workers=2)
+    pool = training_batches(loader_images(images), MicroBatches(0, 30, 50), workers=2)
     for _ in range(5):
         next(pool)
         assert not [name for name in set(os.listdir("/dev/shm")) - before if str(os.getpid()) in name]
@@ -198,11 +198,11 @@ def test_too_few_open_files_raise_a_clear_error(images, tmp_path):
     code = """
         import resource, sys
         sys.path[:0] = sys.argv[2:]
-        from test_stopping import loader_images, training_batches
+        from test_stopping import MicroBatches, loader_images, training_batches
         import pathlib
         used = len(list(pathlib.Path("/proc/self/fd").iterdir()))
         resource.setrlimit(resource.RLIMIT_NOFILE, (used + 8, used + 8))
-        training_batches(loader_images(pathlib.Path(sys.argv[1])), start=0, batch=2, batches=9, workers=8)
+        training_batches(loader_images(pathlib.Path(sys.argv[1])), MicroBatches(0, 2, 9), workers=8)
     """
     done = run_script(tmp_path, code, images, *Path(__file__).parents[:2])
     assert "LoadingFailed: cannot start 8 loader workers (Too many open files)" in done.stderr
@@ -538,7 +538,7 @@ def test_second_ctrl_c_ends_a_blocking_library_call(tmp_path):
 @pytest.mark.parametrize("guarded", [False, True])
 def test_script_without_a_main_guard_is_rejected_under_spawn(tmp_path, images, guarded):
     body = """
-        stream = training_batches(loader_images(pathlib.Path(sys.argv[1])), start=0, batch=2, batches=3, workers=1)
+        stream = training_batches(loader_images(pathlib.Path(sys.argv[1])), MicroBatches(0, 2, 3), workers=1)
         print(len(list(stream)))
     """
     start = "if __name__ == '__main__':" if guarded else "if True:"
@@ -546,7 +546,7 @@ def test_script_without_a_main_guard_is_rejected_under_spawn(tmp_path, images, g
         import multiprocessing, pathlib, sys
         sys.path[:0] = sys.argv[2:]
         multiprocessing.set_start_method("spawn", force=True)
-        from test_stopping import loader_images, training_batches
+        from test_stopping import MicroBatches, loader_images, training_batches
         {start}
     """
     code = textwrap.dedent(code) + textwrap.indent(textwrap.dedent(body), "    ")

@@ -27,23 +27,25 @@ class BatchIterator(Iterator[LoadedBatch], Protocol):
     def close(self) -> None: ...
 
 
-@dataclass
-class _Positions:
-    """The requests of a training run: `batches` micro-batches of `count` samples each, beginning at `start`.
+@dataclass(frozen=True)
+class MicroBatches:
+    """`count` micro-batches of `size` samples each, beginning at sample number `start` of the training.
 
-    own: places of the samples of each micro-batch that are requested (None: all).
+    rank, ranks: only the part of each micro-batch that one of several ranks takes, see `order.places`.
     """
 
-    order: Order
     start: int
+    size: int
     count: int
-    batches: int
-    own: np.ndarray | None = None
+    rank: int = 0
+    ranks: int = 1
 
-    def __iter__(self) -> Iterator[SampleIndices]:
-        for number in range(self.batches):
-            taken = self.order.take(self.start + number * self.count, self.count)
-            yield taken if self.own is None else SampleIndices(taken.index[self.own], taken.epoch[self.own])
+    def requests(self, order: Order) -> Iterator[SampleIndices]:
+        """Yield the samples of each micro-batch."""
+        own = None if self.ranks == 1 else places(self.size, self.rank, self.ranks, order.repeats)
+        for number in range(self.count):
+            taken = order.take(self.start + number * self.size, self.size)
+            yield taken if own is None else SampleIndices(taken.index[own], taken.epoch[own])
 
 
 @dataclass
@@ -61,26 +63,15 @@ class _Batches:
 
 
 def training_batches(
-    images: ImageReader,
-    *,
-    start: int,
-    batch: int,
-    batches: int,
-    workers: int,
-    pin: bool = False,
-    folder: Path | None = None,
-    rank: int = 0,
-    ranks: int = 1,
+    images: ImageReader, wanted: MicroBatches, *, workers: int, pin: bool = False, folder: Path | None = None
 ) -> BatchIterator:
-    """Return `batches` batches of `batch` images, beginning at sample number `start`, decoded by `workers` processes.
+    """Return the wanted micro-batches, decoded by `workers` processes.
 
-    The processes start immediately and end with the iterator. folder: see `WorkerPool`. rank, ranks: return only the
-    part of each batch that one of several ranks takes, see `order.places`. Raises BadImage if a bad file cannot be
-    replaced, and LoadingFailed if a worker dies or stalls.
+    The processes start immediately and end with the iterator. folder: see `WorkerPool`. Raises BadImage if a bad file
+    cannot be replaced, and LoadingFailed if a worker dies or stalls.
     """
     order = Order(images.rows, images.seed, images.repeats)
-    own = None if ranks == 1 else places(batch, rank, ranks, images.repeats)
-    return _deliveries(images, _Positions(order, start, batch, batches, own), workers=workers, pin=pin, folder=folder)
+    return _deliveries(images, wanted.requests(order), workers=workers, pin=pin, folder=folder)
 
 
 def eval_batches(images: ImageReader, rows: np.ndarray, *, batch: int, workers: int = 0) -> Iterator[Batch]:

@@ -14,7 +14,7 @@ import numpy as np
 from unmask.config import Config
 from unmask.console import Console
 from unmask.data.image_reader import ImageReader, OpenedImage
-from unmask.data.loader import training_batches
+from unmask.data.loader import MicroBatches, training_batches
 from unmask.data.order import Order
 from unmask.data.pack_images import SHORT_SIDE
 from unmask.data.scan.scan import num_cores, scan
@@ -234,7 +234,7 @@ def _loading(images: ImageReader) -> tuple[float, int]:
 def delivered(images: ImageReader, plan: Plan) -> float:
     """Return the images per second of the loader with the planned workers, without the start-up time of the workers."""
     micro = images.repeats * max(1, min(plan.micro_batch, 64) // images.repeats)
-    batches = training_batches(images, start=0, batch=micro, batches=100_000, workers=plan.workers)
+    batches = training_batches(images, MicroBatches(0, micro, 100_000), workers=plan.workers)
     try:
         for _ in range(max(1, 5 * plan.workers + 3 * (plan.workers > 0))):  # skip batches that were loaded ahead
             next(batches)

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from unmask.batch import Batch
 from unmask.data.decode.bad_image import BadImage
-from unmask.data.loader import training_batches
+from unmask.data.loader import MicroBatches, training_batches
 from unmask.data.scan.scan import BadFile
 from unmask.engine.guard import Guard
 from unmask.engine.job import Job, Position, report_failure
@@ -22,17 +22,14 @@ def open_stream(job: Job, at: Position, guard: Guard) -> Generator[Batch, None, 
 
     Raises StopRequested for a stop request during a wait, and TrainingFailed if too many files have changed.
     """
-    plan = job.plan
+    plan, world = job.plan, job.world
+    count = (plan.steps - at.step) * plan.accumulation if plan.budget is None else ENDLESS
     deliveries = training_batches(
         job.images,
-        start=at.consumed,
-        batch=plan.micro_batch,
-        batches=(plan.steps - at.step) * plan.accumulation if plan.budget is None else ENDLESS,
+        MicroBatches(at.consumed, plan.micro_batch, count, world.rank, world.size),
         workers=plan.workers,
         pin=plan.device.startswith("cuda"),
         folder=job.run.path,
-        rank=job.world.rank,
-        ranks=job.world.size,
     )
     try:
         while True:

@@ -11,7 +11,7 @@ from unmask.batch import NO_BOX, ImageSpec
 from unmask.data.annotations.box_annotations import BoxError, open_boxes
 from unmask.data.augment import CropConfig, cut_boxes
 from unmask.data.image_reader import ImageReader
-from unmask.data.loader import eval_batches, training_batches
+from unmask.data.loader import MicroBatches, eval_batches, training_batches
 from unmask.metrics import average_precision as average_precision_module
 from unmask.metrics.average_precision import average_precision, true_boxes
 
@@ -86,7 +86,7 @@ def test_boxes_stay_around_their_object_in_every_crop(tmp_path, kind):
     boxes = open_boxes(tmp_path)
     data = ImageReader(boxes.source, boxes.rows, SPEC, CropConfig(kind=kind, eval_share=0.6), annotations=boxes)
     kept = places = 0
-    for delivery in training_batches(data, start=0, batch=20, batches=5, workers=0):
+    for delivery in training_batches(data, MicroBatches(0, 20, 5), workers=0):
         batch = delivery.batch
         assert batch.boxes is not None
         assert batch.box_labels is not None

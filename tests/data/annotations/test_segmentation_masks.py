@@ -13,7 +13,7 @@ from unmask.data.annotations.segmentation_masks import read_ids
 from unmask.data.augment import CropConfig, cut, cut_map
 from unmask.data.decode.bad_image import BadImage
 from unmask.data.image_reader import ImageReader
-from unmask.data.loader import eval_batches, training_batches
+from unmask.data.loader import MicroBatches, eval_batches, training_batches
 from unmask.data.order import Order
 
 SPEC = ImageSpec(3, (16, 24), "uint8", (0.0,) * 3, (1.0,) * 3)
@@ -50,7 +50,7 @@ def test_segmentation_mask_stays_aligned_with_its_image_in_every_crop(tmp_path, 
     images = ImageReader(maps.source, maps.rows, SPEC, CropConfig(kind=kind, eval_share=0.8), annotations=maps)
     flipped = ImageReader(maps.source, maps.rows, SPEC, CropConfig(kind=kind, eval_share=0.8))
     wrong = mirrored = total = 0
-    for got, bare in zip(*(training_batches(one, start=0, batch=12, batches=5, workers=0) for one in (images, flipped)),
+    for got, bare in zip(*(training_batches(one, MicroBatches(0, 12, 5), workers=0) for one in (images, flipped)),
                          strict=True):  # fmt: skip
         batch = got.batch
         assert torch.equal(batch.images, bare.batch.images), "annotations change no pixel"
@@ -106,8 +106,8 @@ def test_mask_and_image_agree_in_every_pixel_without_resampling():
 def test_mask_crops_do_not_depend_on_workers_and_batch_size(tmp_path):
     maps = open_masks(folder(tmp_path))
     images = ImageReader(maps.source, maps.rows, SPEC, CropConfig(), annotations=maps)
-    one = torch.cat([d.batch.maps for d in training_batches(images, start=0, batch=4, batches=3, workers=0)])
-    two = torch.cat([d.batch.maps for d in training_batches(images, start=0, batch=12, batches=1, workers=1)])
+    one = torch.cat([d.batch.maps for d in training_batches(images, MicroBatches(0, 4, 3), workers=0)])
+    two = torch.cat([d.batch.maps for d in training_batches(images, MicroBatches(0, 12, 1), workers=1)])
     assert torch.equal(one, two)
     images.keep_decoded()
     assert torch.equal(images[Order(maps.rows, 0).take(0, 12)].batch.maps, one)
@@ -117,7 +117,7 @@ def test_image_with_an_unreadable_mask_is_replaced(tmp_path):
     maps = open_masks(folder(tmp_path))
     put(tmp_path, b"gone", "3.png")
     images = ImageReader(maps.source, maps.rows, SPEC, CropConfig(), annotations=maps)
-    (got,) = training_batches(images, start=0, batch=6, batches=1, workers=0)
+    (got,) = training_batches(images, MicroBatches(0, 6, 1), workers=0)
     assert 3 not in got.batch.index.tolist()
     assert [bad.name for bad in got.bad] == ["a/3.png"]
     assert "its mask a/3.png" in got.bad[0].detail
