@@ -101,8 +101,8 @@ def recorded(folder: Path, command: Command, here: bool) -> Iterator[None]:
             done.add(clock.step + 1)
         return replace(found, value=found.value * float("nan")) if bad else found
 
-    def batches(*args, **kwargs):
-        return plain_batches(*args, **(kwargs | {"rank": 0} if command.same_stream else kwargs))
+    def batches(images, wanted, **kwargs):
+        return plain_batches(images, replace(wanted, rank=0) if command.same_stream else wanted, **kwargs)
 
     with (
         patch.object(Distributed, "loss", loss),
