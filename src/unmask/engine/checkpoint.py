@@ -67,6 +67,7 @@ from unmask.engine.checkpoint_manifest import (
     verified_file,
     verify,
 )
+from unmask.engine.choose_parallel import size
 from unmask.engine.fault_points import fault_points
 from unmask.engine.fixed_tensors import FIXED, load_fixed
 from unmask.engine.world import ALONE, World
@@ -436,8 +437,8 @@ def check_space(run: Run, needed: int) -> None:
     free = shutil.disk_usage(run.path).free
     if free < needed:
         raise CheckpointFull(
-            f"checkpoints of this run need about {needed / 2**30:.2f} GiB, but {run.path} has {free / 2**30:.2f} GiB "
-            "free; free space, or choose another --out or a smaller recipe"
+            f"checkpoints of this run need about {size(needed)}, but {run.path} has {size(free)} free; "
+            "free space, or choose another --out or a smaller recipe"
         )
 
 
