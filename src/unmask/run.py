@@ -431,15 +431,22 @@ class Run:
 
         `status().health()` distinguishes slow runs from dead runs.
         """
-        recorded, heartbeat = self._status, {}
-        if not recorded:
-            with suppress(RunError):
-                recorded = self.read(STATUS)
+        recorded, heartbeat = self._recorded_status(), {}
         if recorded.get("state") == "running":
             with suppress(OSError, ValueError):
                 heartbeat = json.loads(self.heartbeat_file.read_bytes())
         locked = recorded.get("state") == "running" and folder_lock.is_held(self.path)
         return RunStatus.of(recorded, heartbeat if isinstance(heartbeat, dict) else {}, locked=locked)
+
+    def saved_step(self) -> int:
+        """Return the step in status.json, which has a checkpoint. Training may have continued since, see `status`."""
+        return RunStatus.of(self._recorded_status(), {}, locked=False).step
+
+    def _recorded_status(self) -> dict[str, Any]:
+        if not self._status:
+            with suppress(RunError):
+                return self.read(STATUS)
+        return self._status
 
     def write_heartbeat(self, step: int) -> None:
         """Record that `step` steps are done now. The file is not flushed to disk. Raises OSError, RunGone."""

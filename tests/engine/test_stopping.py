@@ -1,5 +1,6 @@
 """Stopping a run never hangs and loses no work: stalled workers, signals, suspended processes, killed parents."""
 
+import errno
 import multiprocessing
 import os
 import re
@@ -397,6 +398,26 @@ def test_rows_of_step_0_are_logged_once_if_the_training_ends_before_the_first_ch
         pretrain(images, recipe="mae_nano", out=run, settings=plain)
     assert [row["step"] for row in Run(run).metrics()] == [0]
     assert [row["step"] for row in resume(run).metrics() if "held_out_loss" in row] == [0, 1, 2, 3]
+
+
+def test_run_that_was_killed_while_the_first_checkpoint_was_written_begins_again(images, tmp_path):
+    """The checkpoint is written in the background, so more steps may be done by then than it has."""
+
+    def end(job, at):
+        if at.step == 3:
+            raise MemoryError
+
+    def full(path):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    place, plain = tmp_path / "run", [*SMALL_RUN, "train.steps=5"]
+    with injected(FaultPoints(before_step=end, before_write=full)), pytest.raises(MemoryError):
+        pretrain(images, recipe="mae_nano", out=place, settings=plain)
+    run = Run(place)
+    run.set_status("running", 0)
+    run.write_heartbeat(3)
+    assert (run.status().step, list(run.checkpoints.glob("step-*"))) == (3, [])
+    assert [row["step"] for row in resume(place).metrics()] == [1, 2, 3, 4, 5]
 
 
 def run_script(tmp_path: Path, code: str, *arguments: object, **environment: str) -> subprocess.CompletedProcess:

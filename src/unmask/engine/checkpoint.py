@@ -371,8 +371,8 @@ def _report_and_set_aside(path: Path, fault: Damaged, log: Callable[[str], objec
 
 
 def require_any(run: Run) -> None:
-    """Raise CheckpointError if a run has no checkpoints although its status records steps."""
-    step = run.status().step
+    """Raise CheckpointError if a run has no checkpoints although its status records one."""
+    step = run.saved_step()
     if step and not any(run.checkpoints.glob("step-*")):
         raise CheckpointError(
             f"{run.checkpoints} contains no checkpoint, although this run had one of step {step}; restore it from a "
