@@ -59,7 +59,7 @@ from unmask.recipes.catalogue import find
 PARTS = ("processes", "overhead", "saving", "start", "checkpoint")
 WARM_UP = 2  # steps before the timed ones
 MODES = ("none", "background", "foreground")
-LIMIT = 600.0  # seconds after which a measurement is ended
+LIMIT = 240.0  # seconds after which a measurement is ended
 GRACE = 10.0  # seconds for which other processes may go on after one has failed
 IMAGES = 1024
 TINY = ["data.size=[32,32]", "method.encoder.depth=2", "method.encoder.width=48"]
