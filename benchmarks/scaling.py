@@ -321,13 +321,15 @@ def free_port() -> int:
 def wait(started: Sequence[subprocess.Popen]) -> list[int]:
     """Return the exit codes; when one process fails or the time is over, the others are ended with their children."""
     deadline = time.monotonic() + LIMIT
-    while any(process.poll() is None for process in started) and time.monotonic() < deadline:
-        if any(process.poll() for process in started):
-            deadline = min(deadline, time.monotonic() + GRACE)
-        time.sleep(0.02)
-    for process in started:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
+    try:
+        while any(process.poll() is None for process in started) and time.monotonic() < deadline:
+            if any(process.poll() for process in started):
+                deadline = min(deadline, time.monotonic() + GRACE)
+            time.sleep(0.02)
+    finally:
+        for process in started:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
     return [process.wait() for process in started]
 
 
@@ -561,6 +563,7 @@ def main() -> None:
         {"train": train_unmask, "overhead": overhead}[sys.argv[2]](task)
         return
     options = options_of()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the processes of a measurement are ended too
     from unmask.engine.device import choose_precision
 
     gpu, tiny = options.gpus is not None, options.tiny
