@@ -1,11 +1,17 @@
 """What one process does alone, while the others wait for it, affects neither other threads nor what follows."""
 
+import re
 import threading
+from pathlib import Path
 
 import pytest
 
 from unmask.engine import world as module
 from unmask.engine.world import World, alone, current, joined
+
+AGREES = re.compile(
+    r"\b(world|current\(\))\.(any|gather|to_writer|from_writer|on_writer|unless_stopped|require_same|means?|sum)\b"
+)
 
 
 @pytest.fixture
@@ -47,3 +53,14 @@ def test_threads_that_overlap_while_alone_leave_the_others_connected(two):
         leave.set()
         thread.join()
     assert current() is two
+
+
+def test_the_table_of_what_is_agreed_names_every_module_that_agrees():
+    package = Path(module.__file__).parents[1]
+    named = re.findall(r"`([\w/]+\.py)`", module.__doc__)
+    named = {name if "/" in name else f"engine/{name}" for name in named}
+    assert {name for name in named if not (package / name).is_file()} == set()
+    files = {file.relative_to(package).as_posix(): file.read_text() for file in package.rglob("*.py")}
+    agreeing = {name for name, text in files.items() if AGREES.search(text)}
+    assert len(agreeing) > 20
+    assert agreeing - named == set()

@@ -55,7 +55,7 @@ class Cluster:
 class Throughput:
     """Expected speed of all GPUs if none waits for communication or data.
 
-    step: seconds of an optimiser step. network: bytes per second that a node must send meanwhile.
+    step_seconds: duration of an optimiser step. network: bytes per second that a node must send meanwhile.
     """
 
     images_per_second: float
@@ -67,7 +67,7 @@ class Throughput:
 class ClusterPlan:
     """The plan of a training on a cluster; sizes are bytes of one GPU.
 
-    usable: share of the memory that training may use. images: images per micro-batch and GPU. divide_gradients: whether
+    usable: memory that training may use. images: images per micro-batch and GPU. divide_gradients: whether
     gradients are divided after each micro-batch. largest_images: most images that fit without accumulation. memory,
     activations: bytes without the images of a micro-batch, and of these. exact: result of `verify`, or None if it was
     not asked for. num_blocks: number of transformer blocks. recompute: the setting train.recompute.

@@ -1,7 +1,7 @@
 """The run folder as several processes see it: the writer writes it, and the others only read it.
 
-The folder must be on a disk that all hosts share, because every process reads its settings, and sharded checkpoints are
-written by all of them.
+The folder must be on a disk that all hosts share, because each process writes its part of a checkpoint in shards, and
+its own failures.
 """
 
 from __future__ import annotations

@@ -3,19 +3,36 @@
 A launcher such as torchrun starts several processes with the same command, and each of them runs this package. One of
 them, the writer (rank 0), prints messages and writes the run; the others compute their parts of each batch.
 
-Nothing may be decided by one process alone, because the others would wait for it forever. What is agreed, and where:
+Nothing may be decided by one process alone, because the others would wait for it forever. What is agreed, and where
+(files without a folder are in `engine/`):
 
-    the images and their scan                           `engine/divided_scan.py`
-    the settings and the plan of a run                  `engine/start_run.py`, by `from_writer`
-    the checkpoint to continue from, its weights       `engine/training_state.py`
-    stop requests, saving and logging by the clock     `engine/train.py`, `Loop.what_is_due`
-    unreadable files, absent pixels                     `engine/stream.py`, for each micro-batch
-    loss, gradient, non-finite steps, rollbacks         `engine/train.py`, `step` and `read`, on the device
-    pictures, evaluations, and stops during them        `engine/samples.py`, `evaluation.py`, by `unless_stopped`
-    the number of steps                                 `engine/train.py`, by `from_writer`
-    the batches that each process evaluates             `engine/divided_batches.py`
-    whether a checkpoint is complete                    `engine/checkpoint_writer.py`
-    that a process is alive, and why it ended           `engine/pulse.py`
+    before the training
+        the versions; files of the same names and sizes     `world.py`; `divided_scan.py`
+        the images and their scan                           `divided_scan.py`
+        whether a command begins a run or continues one     `continue_or_start.py`
+        the settings, the plan, the name of a new run       `start_run.py`, `training_data.py`
+        the run folder and its lock                         `shared_run.py`
+        the plan of a run that continues                    `continue_run.py`
+        changes of the images, masks or test images         `dataset_record.py`
+        weights of step 0, the checkpoint to continue from  `training_state.py`, `checkpoint.py`, `sharding.py`
+    during the training
+        stop requests, saving and logging by the clock      `train.py`, `Loop.what_is_due`
+        unreadable files, absent pixels                     `stream.py`, for each micro-batch
+        counts and statistics of a whole micro-batch        `sharding.py` for `nn/batch_sums.py`, on the device
+        loss, gradient, non-finite steps, rollbacks         `train.py`, `step` and `read`, on the device
+        pictures, evaluations, and stops during them        `samples.py`, `evaluation.py`, by `unless_stopped`
+        the number of steps and the time of a budget        `pacing.py`
+        whether a checkpoint is complete                    `checkpoint.py`, in the thread of `checkpoint_writer.py`
+        the result of a supervised run                      `run_training.py`
+    in other commands
+        the checkpoint to load                              `load.py`
+        the batches that each process computes              `divided_batches.py`, `evals/images.py`
+        the images that have features, the best layer       `evals/frozen_features.py`, `evals/feature_sets.py`
+        results                                             `check_data.py`, `evals/embed_images.py`,
+                                                            `evals/run_probe.py`, `finetuning/predict_images.py`,
+                                                            `finetuning/paper_linear_probe.py`
+    at any time
+        that a process is alive, and why it ended           `pulse.py`
 
 A single process is `ALONE`, and none of this takes any time.
 """

@@ -5,7 +5,7 @@ Only the encoder is used after pre-training. The model equals the official one (
 pass and loss; tests compare it with the published parameter counts and with an independent implementation.
 
 Differs from the official code without changing a result: only visible patches are embedded and only hidden ones
-predicted; masks come from counter-based draws that depend on the image, not on rank, worker or batch position; float
+predicted; masks come from counter-based draws that depend on the image, not on its batch or place; float
 errors do not make the number of kept patches one too small (100 patches at 0.9 keep 10, not 9).
 
 The variants of the paper's Table 1 are settings: decoder depth and width (1a, 1b), mask tokens in the encoder (1c), the
