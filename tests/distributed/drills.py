@@ -21,7 +21,6 @@ import json
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -35,6 +34,7 @@ from typing import Any
 
 import psutil
 from conftest import small, write_images
+from group import free_port
 
 HERE = Path(__file__).parent
 STEPS, EVERY, PICTURES, BATCH, IMAGES = 30, 5, 15, 8, 28
@@ -48,10 +48,7 @@ LAUNCHERS = ("direct", "torchrun", "launch")
 KINDS = ("one", "all", "save", "stop")
 STARTING, TRAINING, PICTURE, SAVE = "start-up", "training", "picture", "save"
 LEFTOVERS = ("*.partial", ".tmp-*", "*.old", "*.corrupt*")
-LAUNCH = (
-    "from unmask.engine import torchrun; torchrun.MODULE = 'drilled'; from unmask.commands import main; "
-    "import unmask.commands as c; main()"
-)
+LAUNCH = "from unmask.engine import torchrun; torchrun.MODULE = 'drilled'; from unmask.commands import main; main()"
 
 
 class Failed(AssertionError):
@@ -164,12 +161,6 @@ class Group:
                 process.kill()
         for process in self.started:
             process.wait()
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
 
 
 @contextmanager

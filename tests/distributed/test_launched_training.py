@@ -14,8 +14,6 @@ import psutil
 import pytest
 from conftest import small, write_images
 
-pytest.importorskip("unmask.engine.world", reason="several processes cannot train yet")
-
 LIMIT = 120
 STEPS = 90
 TRAIN = ["--recipe", "mae_nano", "--resume", "auto", *small(f"train.steps={STEPS}", "train.checkpoint_every=10")]

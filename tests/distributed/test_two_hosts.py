@@ -9,8 +9,6 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("unmask.engine.world", reason="several processes cannot train yet")
-
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts/two-hosts"
 LIMIT = 400
 

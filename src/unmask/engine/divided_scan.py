@@ -17,6 +17,7 @@ from unmask.data.decode.reading import Reading
 from unmask.data.scan.scan import CHUNK, Scan, ScanWork, scan, scan_files
 from unmask.data.sources.source import Source
 from unmask.data.sources.tiff_samples import apply_reading, page_offsets
+from unmask.engine.divided_batches import own_rows
 from unmask.engine.world import World, current
 
 T = TypeVar("T")
@@ -81,7 +82,7 @@ def require_same_files(source: Source, world: World) -> None:
 def share(rows: np.ndarray, world: World) -> np.ndarray:
     """Return the rows that this process reads: every n-th piece, because neighbouring files are often alike."""
     length = max(1, min(CHUNK, len(rows) // (PARTS * world.size)))
-    return rows[np.arange(len(rows)) // length % world.size == world.rank]
+    return own_rows(rows, length, world)
 
 
 def delivered(world: World, own: Iterator[T]) -> Iterator[T]:

@@ -24,11 +24,11 @@ from torch.distributed import run as torch_run
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from unmask.console import Console
+from unmask.engine import pulse
 from unmask.errors import UserError
 from unmask.system import launched_process
 from unmask.system.processes import STOP_SIGNALS
 
-PEER_SECONDS = "UNMASK_PEER_SECONDS"
 MODULE = "unmask"  # what the processes run; tests replace it
 FAILED = 1
 WATCH = 0.5  # seconds between two looks at the reported exit codes
@@ -99,7 +99,7 @@ def run(command: Sequence[str], layout: Layout, limits: Limits, console: Console
         logging.disable(logging.ERROR)  # torchrun logs every exit code other than 0
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
-    os.environ[PEER_SECONDS] = str(limits.timeout)
+    os.environ[pulse.VARIABLE] = str(limits.timeout)
     arguments = ["--nproc-per-node", str(processes), "--max-restarts", str(limits.max_restarts)]
     arguments += ["--signals-to-handle", UNUSED_SIGNAL, "--rdzv-conf", f"timeout={limits.join_timeout}"]
     if place is None:
@@ -125,9 +125,8 @@ def run(command: Sequence[str], layout: Layout, limits: Limits, console: Console
 
 
 class Stop:
-    """Whether a stop was requested, and whether the processes had to be killed."""
+    """How the processes ended. killed: whether they had to be killed."""
 
-    requested = False
     killed = False
 
 
@@ -156,7 +155,6 @@ def supervised(folder: Path, limits: Limits) -> Iterator[Stop]:
     def forward(number: int, frame: FrameType | None) -> None:
         if not (started := _started()):
             raise KeyboardInterrupt
-        stop.requested = True
         (folder / launched_process.STOP).touch()
         for process in started:
             try:

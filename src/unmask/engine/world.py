@@ -50,7 +50,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
@@ -221,7 +221,7 @@ class World:
         if self.alone:
             return self
         group = dist.new_group(backend="gloo", timeout=FOREVER)
-        return World(self.rank, self.size, self.local_rank, self.local_size, group, group)
+        return replace(self, group=group, devices=group)
 
     def require_same(self, what: str, value: str, advice: str) -> None:
         """Raise WorldError in all processes unless `value` is the same in all. what, advice: for the message."""
@@ -442,7 +442,7 @@ def _numbers(environment: Mapping[str, str]) -> tuple[int, int, int, int]:
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
     texts = [environment.get(name, "") for name in names]
     if not texts[3].isdecimal():
-        texts[3] = "1" if texts[2] in ("", "0") and texts[1] == "1" else texts[1]
+        texts[3] = texts[1]
     if not texts[2].isdecimal():
         texts[2] = texts[0]
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not environment.get(name)]
