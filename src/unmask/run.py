@@ -297,6 +297,10 @@ class Run:
         if name in REMEMBERED:
             self._digests[name] = digest
 
+    def write_file(self, name: str, write: Callable[[Path], object]) -> None:
+        """Write `name` by a function of its path."""
+        write(self.path / name)
+
     def read(self, name: str) -> dict[str, Any]:
         """Return the contents of a JSON file. Raises RunError if the file is missing, modified or not a JSON object."""
         return self.verified(name).value

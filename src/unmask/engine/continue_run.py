@@ -79,10 +79,10 @@ def resume(
             if not allow_dataset_change:
                 raise DataError(explain_refusal(config, plan, source, found))
             if found.unknown:
-                plan = accept_unverified(plan, source, run, found)
+                plan = world.from_writer(lambda: accept_unverified(plan, source, run, found))
                 console.warn("the images are assumed unchanged, because their names and sizes are the same")
             else:
-                plan = plan_for_changed_data(source, plan, run, found)
+                plan = world.from_writer(lambda: plan_for_changed_data(source, plan, run, found))
                 console.warn(f"the images have changed: continuing with the current {plan.num_images} images")
         excluded = set(plan.excluded)
         rows = np.array([row for row in range(len(source)) if row not in excluded], np.int64)

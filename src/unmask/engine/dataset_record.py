@@ -4,6 +4,9 @@ A run keeps a record of each data set that it reads (`data/scan/identity.py`): R
 and for a supervised run also masks.arrays, test.arrays and test-masks.arrays. Runs of earlier versions have no record.
 For them, the names and sizes in the plan are compared, and a record is written afterwards. If the record was lost or
 damaged later, this counts as a difference, because replaced files of the same size could not be detected without it.
+
+Several processes compare the files that each of them sees, and all use the first difference that one of them has found.
+One process writes the record.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from unmask.data.scan.identity import Difference, record_of
 from unmask.data.sources.source import Source
 from unmask.engine import checkpoint
 from unmask.engine.training_plan import Plan
+from unmask.engine.world import current
 from unmask.run import PROVENANCE, Run, RunError
 
 DATA, MASKS, TEST, TEST_MASKS = "data", "masks", "test", "test-masks"
@@ -35,7 +39,7 @@ def write_record(run: Run, source: Source, role: str = DATA) -> None:
     """Write the record of the files of `source`. Raises RunError if the record cannot be written."""
     path = file_of(run, role)
     try:
-        record_of(source).write(path)
+        run.write_file(path.name, record_of(source).write)
     except OSError as error:
         raise RunError(
             f"{path} cannot be written: {error.strerror}; free some space, or choose another --out"
@@ -62,11 +66,20 @@ def rows_now(run: Run, rows: Sequence[int], source: Source) -> tuple[int, ...]:
 
 
 def compare(run: Run, plan: Plan, source: Source, console: Console) -> Difference:
-    """Return how the training images differ from the images at the start of the run.
+    """Return how the training images differ from the images at the start of the run. All processes must call this.
 
     Only files with a different modification time are read. If the content of these files is unchanged, the new times
     are recorded.
     """
+    return _agreed(_difference(run, plan, source, console))
+
+
+def _agreed(found: Difference) -> Difference:
+    """Return the first difference that a process has found, in all processes."""
+    return max(current().gather(found), key=bool)
+
+
+def _difference(run: Run, plan: Plan, source: Source, console: Console) -> Difference:
     record = identity.read_record(file_of(run, DATA))
     if record is None:
         if source.fingerprint() != plan.fingerprint:
@@ -86,11 +99,19 @@ def compare(run: Run, plan: Plan, source: Source, console: Console) -> Differenc
     return found
 
 
-def require_same(run: Run, source: Source, role: str, console: Console) -> Difference:
-    """Return how the files of masks or test images differ from the recorded files. The first call records the files."""
+def compare_or_record(run: Run, source: Source, role: str, console: Console) -> Difference:
+    """Return how the files of masks or test images differ from the recorded files. The first call records the files.
+
+    All processes must call this.
+    """
+    return _agreed(_difference_or_record(run, source, role, console))
+
+
+def _difference_or_record(run: Run, source: Source, role: str, console: Console) -> Difference:
+    was_there = file_of(run, role).exists()  # before it is read, because another process may write it meanwhile
     record = identity.read_record(file_of(run, role))
     if record is None:
-        if file_of(run, role).exists():
+        if was_there:
             return Difference(
                 unknown=f"{_trouble(run, role)}; if the files are unchanged, remove it, and they are recorded again"
             )

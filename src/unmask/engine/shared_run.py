@@ -37,6 +37,9 @@ class ObservedRun(Run):
     def write(self, name: str, value: Mapping[str, Any]) -> None:
         pass
 
+    def write_file(self, name: str, write: Callable[[Path], object]) -> None:
+        pass
+
     def log(self, row: dict[str, Any]) -> None:
         pass
 

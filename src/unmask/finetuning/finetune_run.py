@@ -420,7 +420,7 @@ def supervise(run: Run, config: Config, plan: Plan, source: Source, *, console: 
     test = test_set.annotated if config.data.test is not None else None
     for role, of in ((dataset_record.MASKS, masks_of(annotated)), (dataset_record.TEST, test and test.source),
                      (dataset_record.TEST_MASKS, test and masks_of(test))):  # fmt: skip
-        if of is not None and (found := dataset_record.require_same(run, of, role, console)):
+        if of is not None and (found := dataset_record.compare_or_record(run, of, role, console)):
             raise training_data.DataError(
                 f"the {role.replace('-', ' ')} files of {of.name} have changed since this run began, so it cannot "
                 f"continue exactly: {found.lines()}; restore the old files, or start a new run"
