@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from faults import faults
 
 from unmask.commands import STOPPED, explain
 from unmask.console import Console
-from unmask.engine import checkpoint
+from unmask.engine import checkpoint, world
 from unmask.engine import continue_run as module
 from unmask.engine.continue_run import resume
 from unmask.engine.load import load
@@ -347,6 +348,14 @@ def test_folder_that_replaces_the_run_during_training_is_unchanged(images, tmp_p
         start(images, tmp_path / "run", "train.steps=4")
     assert Run(tmp_path / "run").status().step == 1, "the status of the run that replaced the first one is unchanged"
     assert resume(tmp_path / "moved", console=QUIET).finished
+
+
+def test_failure_of_another_process_after_the_training_does_not_change_the_state(images, tmp_path, monkeypatch):
+    pulse = SimpleNamespace(on_failure=None)
+    monkeypatch.setattr(world, "_pulse", pulse)
+    run = start(images, tmp_path / "run", "train.steps=1")
+    pulse.on_failure("rank 1 ended without a message")
+    assert run.status().state == "finished"
 
 
 # Interruptions

@@ -46,6 +46,7 @@ def train_and_record(inputs: TrainingInputs, supervise: Supervise | None = None)
     elapsed = now() - began
     total = max(elapsed, status.seconds)
     record_state(run, state, console, total=status.steps or plan.steps, seconds=total)
+    on_failure(lambda error: None)  # what fails from now on is not this training
     time = duration(total) + (f" ({duration(elapsed)} since it was resumed)" if total > elapsed + 1 else "")
     if state == "stopped":
         console.print(f"stopped after {time}")
