@@ -11,8 +11,8 @@ import numpy as np
 from unmask.console import Console
 from unmask.data.sources.open_source import open_source
 from unmask.data.sources.source import Source
-from unmask.data.sources.tiff_samples import apply_reading
 from unmask.engine.device import choose_device
+from unmask.engine.divided_scan import read_as
 from unmask.engine.load import load
 from unmask.engine.world import current, together
 from unmask.errors import UserError, name_in_errors
@@ -48,7 +48,7 @@ def embed_images(
     if not out.resolve().parent.is_dir():
         raise UserError(f"the folder {out.resolve().parent} does not exist; create it first, or choose another --out")
     loaded = load(run, device=choose_device(device), step=step)
-    source = apply_reading(open_source(data, exclude), loaded.plan.reading)
+    source = read_as(open_source(data, exclude), loaded.plan.reading)
     rows = np.arange(len(source))
     encoders = {"encoder": loaded.method.encoder}
     # Features are always computed in fp32, so that those from different machines differ by rounding only.

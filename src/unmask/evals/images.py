@@ -27,6 +27,7 @@ from unmask.data.sources.source import Source
 from unmask.data.sources.tar_file import TARS
 from unmask.engine.device import choose_precision
 from unmask.engine.divided_batches import in_order, own_rows
+from unmask.engine.divided_scan import require_same_files
 from unmask.engine.load import Loaded
 from unmask.engine.world import ALONE, World, current
 from unmask.errors import UserError
@@ -169,8 +170,7 @@ def features(
         return [name for name in encoders if name not in tables]
 
     world, began = current(), time.time()
-    if not world.alone:
-        world.require_same("the images", source.fingerprint(), "give all hosts the same files")
+    require_same_files(source, world)
     if new := world.from_writer(missing):
         workers = 0 if len(rows) < MANY_IMAGES else choose_workers(loaded.device, cached=False)[0]
         with console.progress(options.title, len(rows)) as bar:
