@@ -56,3 +56,7 @@ def test_all_processes_skip_a_step_that_is_not_finite_in_one(trained, kind):
     losses = trained(kind)["mae_nano, not finite"]["losses"]
     assert [math.isfinite(loss) for loss in losses] == [True, True, False, True, True]
     assert losses[:2] == trained(kind)["mae_nano, whole"]["losses"][:2]
+
+
+def test_hsdp_is_rejected_on_hosts_with_different_numbers_of_processes(tmp_path):
+    run_script(3, SCRIPT.with_name("uneven_group.py"), tmp_path, seconds=60)

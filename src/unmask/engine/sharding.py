@@ -96,10 +96,13 @@ def distribute(
     """Distribute a method in place, and move it to the device.
 
     Under FSDP2, parameters on the meta device get memory, but no values; see `hand_out`. divide_gradients: see
-    `Distributed`.
+    `Distributed`. Raises WorldError under HSDP unless all hosts have the same number of processes.
     """
     if kind == "none":
         return Distributed(method.to(device))
+    if kind == "hsdp":  # the mesh depends on this number
+        advice = "start as many on each host, or use train.parallel=fsdp"
+        world.require_same("the numbers of processes on a host", str(world.local_size), advice)
     if kind == "ddp":
         ddp = nn.parallel.DistributedDataParallel
         earlier = "forward_sync_buffers" not in signature(ddp.__init__).parameters  # torch before 2.12
