@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import sys
-import time
+import threading
 from pathlib import Path
 
 import torch
@@ -79,13 +79,12 @@ def save_stage(world: World, run: Run) -> dict:
     checkpoint.save(run, 1, model, optim, state, world=world, kind="dcp")
 
     writer = CheckpointWriter(run, world.channel(), "dcp", keep=2)
-    written: list[float] = []
+    changed = threading.Event()
 
-    def slow(path: Path) -> None:
-        time.sleep(0.3)
-        written.append(time.monotonic())
+    def after_the_change(path: Path) -> None:
+        assert changed.wait(60), "the weights were not changed"
 
-    with injected(FaultPoints(before_write=slow)):
+    with injected(FaultPoints(before_write=after_the_change)):
         snapshot = Snapshot(2, writer.copied(model), writer.copied(optim), state)
         writer.start(snapshot)
         with torch.no_grad():
@@ -93,8 +92,8 @@ def save_stage(world: World, run: Run) -> dict:
                 value.zero_()
         for _ in range(3):  # collectives of the training go on beside those of the thread
             assert world.gather(world.rank) == list(range(world.size))
-        seen["changed_before"] = not written
         seen["zero"] = digest(module.state_dict())
+        changed.set()
         seen["outcome"] = writer.finish()
 
     for broken in range(world.size):
