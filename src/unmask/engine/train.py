@@ -178,8 +178,8 @@ class Loop:
             with report_failure(job, run.metrics_file):
                 run.truncate_metrics(position.step or -1)  # the first picture, which is drawn again, logs a row too
             with report_failure(job, run.quarantine_file):
-                earlier = [row for row in run.quarantine() if "step" in row and row.get("code") != "CHANGED"]
-                images.gone_bad.update(row["name"] for row in earlier)
+                earlier = world.from_writer(run.quarantine)
+                images.gone_bad.update(row["name"] for row in earlier if "step" in row and row.get("code") != "CHANGED")
             samples = world.on_writer(lambda: Samples.of(images, plan)) or Samples.nothing()
         if position.step == 0:
             with pacer.aside("picture"):

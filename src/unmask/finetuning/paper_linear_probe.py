@@ -68,9 +68,13 @@ def paper_linear(
         raise ConfigError(
             f"the probe was stopped; finish it with `unmask resume {run.path}`, which stores the result in that run"
         )
-    result = _result(run, checkpoint.newest_step(outer), shots)
-    current().on_writer(lambda: outer.write(f"evals/probe-{run.path.name}.json", to_json(result)))
-    return result
+
+    def stored() -> ProbeResult:
+        result = _result(run, checkpoint.newest_step(outer), shots)
+        outer.write(f"evals/probe-{run.path.name}.json", to_json(result))
+        return result
+
+    return current().from_writer(stored)
 
 
 def _result(run: Run, step: int | None, shots: int | None) -> ProbeResult:
