@@ -4,7 +4,7 @@ import pytest
 
 from unmask.config import override
 from unmask.engine.choose_parallel import LEAST_IMAGES, Devices, Needs, choose_parallel, divided_dimension
-from unmask.engine.parallel_costs import Division, Model, Shard
+from unmask.engine.parallel_costs import Division, Model, ParameterFacts
 from unmask.recipes.catalogue import find
 
 MIB, GIB = 2**20, 2**30
@@ -78,8 +78,8 @@ def test_short_parameters_are_divided_along_another_dimension_if_it_is_a_multipl
     assert divided_dimension(shape, shards) == dimension
 
 
-BLOCK = (Shard((1024, 1024), True, cast=2 * MIB), Shard((1024,), True))
-ROOT = (Shard((1, 16, 1024), True), Shard((256, 1024), True, cast=MIB // 2))
+BLOCK = (ParameterFacts((1024, 1024), True, cast=2 * MIB), ParameterFacts((1024,), True))
+ROOT = (ParameterFacts((1, 16, 1024), True), ParameterFacts((256, 1024), True, cast=MIB // 2))
 
 
 def division(usable, *, nodes=4, gpus=8, image=MIB, images=LEAST_IMAGES, blocks=4, precision="bf16", **settings):

@@ -18,7 +18,7 @@ from unmask.engine.device import autocast
 from unmask.engine.fake_ranks import fake_group, fake_tensors, move_to_fake_cpu, sharded_bytes
 from unmask.engine.flops import build_unallocated, typical_images
 from unmask.engine.measure import bytes_per_image, example_batch
-from unmask.engine.parallel_costs import Kept, Model, Shard, cast_bytes, pass_sizes, rank_memory, traffic
+from unmask.engine.parallel_costs import Kept, Model, ParameterFacts, cast_bytes, pass_sizes, rank_memory, traffic
 from unmask.engine.recipe_costs import costs_and_plan, stand_in_tokenizer
 from unmask.engine.sharding import mesh_of, shard
 from unmask.engine.world import World
@@ -184,7 +184,8 @@ def test_weights_cast_to_bfloat16_are_the_matrices():
 
 
 SMALL = Model(
-    blocks=(((Shard((10, 4), True)), Shard((3,), True)),) * 2, root=(Shard((1, 6), False), Shard((5, 2), True))
+    blocks=(((ParameterFacts((10, 4), True)), ParameterFacts((3,), True)),) * 2,
+    root=(ParameterFacts((1, 6), False), ParameterFacts((5, 2), True)),
 )
 
 

@@ -47,7 +47,7 @@ BFLOAT16 = 2  # bytes
 
 
 @dataclass(frozen=True)
-class Shard:
+class ParameterFacts:
     """One parameter. shape, trainable; cast: bytes of the bfloat16 copy that autocast makes of it."""
 
     shape: tuple[int, ...]
@@ -70,17 +70,17 @@ class Shard:
 class Model:
     """The parameters of a method as `fully_shard` groups them. blocks: those of each block. root: all others."""
 
-    blocks: tuple[tuple[Shard, ...], ...]
-    root: tuple[Shard, ...]
+    blocks: tuple[tuple[ParameterFacts, ...], ...]
+    root: tuple[ParameterFacts, ...]
 
     @classmethod
     def of(cls, method: nn.Module, cast: Mapping[str, int] | None = None) -> Model:
         """Return the groups of a method. cast: bytes of the bfloat16 copies by name; see `cast_bytes`."""
         names = {id(value): name for name, value in method.named_parameters()}
 
-        def group(values: list[nn.Parameter]) -> tuple[Shard, ...]:
+        def group(values: list[nn.Parameter]) -> tuple[ParameterFacts, ...]:
             return tuple(
-                Shard(tuple(value.shape), value.requires_grad, (cast or {}).get(names[id(value)], 0))
+                ParameterFacts(tuple(value.shape), value.requires_grad, (cast or {}).get(names[id(value)], 0))
                 for value in values
             )
 
@@ -97,12 +97,12 @@ class Model:
         )
 
     @cached_property
-    def all(self) -> tuple[Shard, ...]:
-        return (*self.root, *(shard for block in self.blocks for shard in block))
+    def all(self) -> tuple[ParameterFacts, ...]:
+        return (*self.root, *(each for block in self.blocks for each in block))
 
     @property
     def trainable(self) -> int:
-        return sum(shard.numel for shard in self.all if shard.trainable)
+        return sum(each.numel for each in self.all if each.trainable)
 
 
 @dataclass(frozen=True)
@@ -131,10 +131,9 @@ class Kept:
 class RankMemory:
     """Bytes of one rank without activations.
 
-    parameters, gradients, moments, average: float32 tensors that exist throughout, average: moving average of the
-    weights. cast: bfloat16 copies of weights during a pass. gathered: parameters that are whole for a while under fsdp
-    and hsdp, with their gradients. accumulated: undivided gradients of all blocks between the micro-batches of a
-    step.
+    parameters, gradients, moments, average (of the weights): float32 tensors that exist throughout. cast: bfloat16
+    copies of weights during a pass. gathered: parameters that are whole for a while under fsdp and hsdp, with their
+    gradients. accumulated: undivided gradients of all blocks between the micro-batches of a step.
     """
 
     parameters: int
@@ -172,15 +171,15 @@ def rank_memory(
     whole_gradients: whether gradients stay undivided between the micro-batches of a step under fsdp and hsdp.
     """
     shards = num_shards(engine, devices.count, devices.gpus)
-    held = FLOAT32 * sum(shard.part(shards) for shard in model.all)
-    trained = FLOAT32 * sum(shard.part(shards) for shard in model.all if shard.trainable)
+    held = FLOAT32 * sum(each.part(shards) for each in model.all)
+    trained = FLOAT32 * sum(each.part(shards) for each in model.all if each.trainable)
     cast = model.all if engine == "ddp" else model.root
     gathered = accumulated = 0
     if engine != "ddp":
         number = kept.gathered_bytes
 
-        def whole(group: tuple[Shard, ...], *, trainable: bool = False) -> int:
-            return sum(shards * shard.part(shards) for shard in group if shard.trainable or not trainable)
+        def whole(group: tuple[ParameterFacts, ...], *, trainable: bool = False) -> int:
+            return sum(shards * each.part(shards) for each in group if each.trainable or not trainable)
 
         # The root: whole parameters and gradients, and the copy of the gradients that is divided among the ranks.
         gathered = FLOAT32 * (whole(model.root) + 2 * whole(model.root, trainable=True))
@@ -193,13 +192,13 @@ def rank_memory(
             default=0,
         )
         if whole_gradients:
-            accumulated = FLOAT32 * sum(shard.numel for block in model.blocks for shard in block if shard.trainable)
+            accumulated = FLOAT32 * sum(each.numel for block in model.blocks for each in block if each.trainable)
     return RankMemory(
         parameters=held,
         gradients=trained,
         moments=kept.moments * trained,
         average=trained if kept.average else 0,
-        cast=sum(shard.cast for shard in cast),
+        cast=sum(each.cast for each in cast),
         gathered=gathered,
         accumulated=accumulated,
     )
@@ -226,12 +225,12 @@ def traffic(
     if engine == "ddp":
         sent = 2 * (ranks - 1) * FLOAT32 * model.trainable // ranks
         return Traffic(0, 0, sent, sent if nodes > 1 else 0)
-    gather = FLOAT32 * sum(shard.part(shards) for shard in model.root)
+    gather = FLOAT32 * sum(each.part(shards) for each in model.root)
     for block in model.blocks:
-        passes = 2 if any(shard.trainable for shard in block) else 1
-        gather += passes * kept.gathered_bytes * sum(shard.part(shards) for shard in block)
+        passes = 2 if any(each.trainable for each in block) else 1
+        gather += passes * kept.gathered_bytes * sum(each.part(shards) for each in block)
     gather *= accumulation * (shards - 1)
-    gradients = FLOAT32 * sum(shard.part(shards) for shard in model.all if shard.trainable)
+    gradients = FLOAT32 * sum(each.part(shards) for each in model.all if each.trainable)
     scatter = (shards - 1) * gradients * (accumulation if divide_gradients else 1)
     replicas = ranks // shards
     reduce = 2 * (replicas - 1) * gradients // replicas
@@ -270,7 +269,7 @@ class Division:
             state={engine: rank_memory(self.model, engine, self.devices, self.kept).total for engine in engines},
             images=self.least_images,
             activations=self.least_images * self.bytes_per_image,
-            copies=any(shard.cast for shard in self.model.all),
+            copies=any(each.cast for each in self.model.all),
             blocks=bool(self.model.blocks),
         )
         return choose_parallel(needs, self.devices)
