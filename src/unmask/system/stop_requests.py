@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from unmask.system.processes import STOP_SIGNALS
+from unmask.system.processes import STOP_SIGNALS, speaks
 from unmask.system.stalls import write_now
 
 INTERRUPTED = 130
@@ -102,7 +102,7 @@ def stop_requests() -> Iterator[StopRequest]:
     presses = _Presses(lambda: f"\nended at once; {stop.kept or NOTHING_KEPT}\n")
 
     def on_signal(number: int, frame: object) -> None:
-        if number == signal.SIGINT and not stop.requested:
+        if number == signal.SIGINT and not stop.requested and speaks():
             write_now(f"\nstopping after this step; Ctrl-C again ends at once: {stop.kept or NOTHING_KEPT}\n")
         stop.request()
 
@@ -202,5 +202,6 @@ class _Presses:
         if self.first is None:
             self.first = now
         elif now - self.first > ONE_PRESS:
-            write_now(self.message())
+            if speaks():
+                write_now(self.message())
             os._exit(INTERRUPTED)
