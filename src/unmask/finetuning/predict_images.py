@@ -89,6 +89,7 @@ def predict(
             found = predictions(
                 loaded, task, source=source, content=partial(writer.content, file), console=console, bar=bar
             )
+            # In other processes `found` is empty, but to exhaust it computes their part of the predictions.
             written = writer.write(file, found) if world.is_writer else Written(len(list(found)), {})
         return world.from_writer(lambda: report(written, file, task, writer, console))
 
