@@ -1,9 +1,8 @@
 """Detect that one of several processes has ended, failed or hangs, and end all of them with one message.
 
 Each process publishes a pulse every second in the store that the launcher or rank 0 holds, and watches the pulse of the
-next process.
-Whoever detects a failure records it in the store, one process prints it, and all end with the same exit code. A thread
-of its own does this, because the main thread may be blocked in a collective operation.
+next process. Whoever detects a failure records it in the store, one process prints it, and all end with the same exit
+code. A thread of its own does this, because the main thread may be blocked in a collective operation.
 
 A process whose main thread hangs has a pulse. Its own watchdog (`system/stalls.py`) ends it.
 """
