@@ -27,6 +27,7 @@ Nothing may be decided by one process alone, because the others would wait for i
     in other commands
         the checkpoint to load                              `load.py`
         the batches that each process computes              `divided_batches.py`, `evals/images.py`
+        the images and labels of a probe                    `evals/run_probe.py`
         the images that have features, the best layer       `evals/frozen_features.py`, `evals/feature_sets.py`
         results                                             `check_data.py`, `evals/embed_images.py`,
                                                             `evals/run_probe.py`, `finetuning/predict_images.py`,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +51,16 @@ class LabelledImages:
     test_rows: np.ndarray
     test_y: np.ndarray
     table: TargetTable | None = None
+
+    def summary(self) -> str:
+        """Return the numbers of images, and a fingerprint of files, split and labels, to compare several hosts."""
+        digest = blake2b(digest_size=8)
+        for source, rows, y in ((self.train, self.train_rows, self.train_y), (self.test, self.test_rows, self.test_y)):
+            digest.update(source.fingerprint().encode())
+            digest.update(np.asarray(rows, np.int64).tobytes())
+            digest.update(np.ascontiguousarray(y[rows]).tobytes())
+        numbers = f"{len(self.train_rows)} training and {len(self.test_rows)} test images"
+        return f"{numbers} with fingerprint {digest.hexdigest()}"
 
 
 @dataclass(frozen=True)

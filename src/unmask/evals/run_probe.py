@@ -148,6 +148,9 @@ def probe_with_labels(
 ) -> dict[str, ProbeResult | CurveResult]:
     """Fit probes of several kinds to the same features, and score them on the same test images."""
     images = open_labelled_images(job.options, job.console)
+    if not current().alone:
+        advice = "give all hosts the same files and the same tables of labels"
+        current().require_same("the labelled images", images.summary(), advice)
     for name, probe in probes.items():
         require_task(name, probe, images.labelling.task)
     if job.options.shots is not None and images.labelling.task != CLASSES:
