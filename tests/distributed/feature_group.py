@@ -1,16 +1,19 @@
 """Embed and probe images in one of several processes: feature_group.py FOLDER, started by test_divided_features.py.
 
-The outputs go to FOLDER/N-processes, and what each rank printed and read to rank-R.json in it.
+The outputs go to FOLDER/N-processes, and what each rank printed and read to rank-R.json in it. With a further argument,
+a verb is called in which rank 1 fails: `embed`, which reads a broken disk there, or `probe`, whose table differs there.
 """
 
 import json
+import os
 import shutil
 import sys
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from unittest.mock import patch
 
+from unmask import commands
 from unmask.console import Console
 from unmask.data.readable_images import ReadableImages
 from unmask.data.scan import scan_cache
@@ -70,6 +73,22 @@ def probe(place: Path, run: str, kinds: tuple[str, ...], **more) -> dict:
     return {"results": {name: repr(result) for name, result in results.items()}, "messages": console.messages}
 
 
+def fail(verb: str) -> None:
+    def failing(*_):
+        raise RuntimeError("a fault for this test")
+
+    os.chdir(FOLDER)
+    rank = os.environ["RANK"]
+    broken = verb == "embed" and rank == "1"
+    more = ["--out", "failed.npz"] if verb == "embed" else ["--targets", f"targets-{rank}.csv"]
+    sys.argv = ["unmask", verb, "run", "data", "--device", "cpu", *more]
+    with (
+        patch.object(images_module, "EVAL_BATCH", BATCH),
+        patch.object(ReadableImages, "__getitem__", failing) if broken else nullcontext(),
+    ):
+        commands.main()
+
+
 def main() -> None:
     with joined() as world:
         place = FOLDER / f"{world.size}-processes"
@@ -95,4 +114,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    fail(sys.argv[2]) if sys.argv[2:] else main()

@@ -1,18 +1,19 @@
 """Several processes embed and probe images with the bytes of one process, and read every image once."""
 
 import json
+import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
 from conftest import SMALL_RUN, pretrain, write_images
-from group import run_script
+from group import outputs, run_script, start, wait
 
 SCRIPT = Path(__file__).with_name("feature_group.py")
 SHORT = (*SMALL_RUN, "train.steps=2", "train.picture_every=9")
 PIXELS = ("data.size=[6,6]", "data.workers=0", "train.batch_size=8", "train.device=cpu", "method.encoder.width=32",
           "method.encoder.heads=2", "method.encoder.depth=2", "train.steps=2", "train.picture_every=9")  # fmt: skip
-COUNTS = (3,)  # 12 batches, the last of them smaller, and two processes that are not the writer
+COUNTS = (2, 3)  # 12 batches, the last of them smaller
 PROBES = ("pooled", "tokens", "curve", "ranks", "layers")
 
 
@@ -109,3 +110,25 @@ def test_images_that_all_processes_compute_are_detected(results, count):
     assert reads(found[count], "control") != reads(found[1], "control")
     control = (folder / f"{count}-processes/control.npz").read_bytes()
     assert control != (folder / "1-processes/control.npz").read_bytes()
+
+
+def test_a_process_that_fails_ends_all_with_one_message(results, tmp_path):
+    folder, _ = results
+    codes = wait(start(2, [sys.executable, str(SCRIPT), str(folder), "embed"], tmp_path), 60)
+    said = outputs(tmp_path)
+    assert codes == [1, 1], said
+    assert said.count("error: ") == 1, said
+    assert "a fault for this test" in said
+    assert not (folder / "failed.npz").exists()
+
+
+def test_processes_with_different_labels_are_rejected_with_one_message(results, tmp_path):
+    folder, _ = results
+    names = sorted(str(file.relative_to(folder / "data")) for file in (folder / "data").rglob("*.png"))
+    for rank in (0, 1):
+        lines = [f"{name},{number % 2}" for number, name in enumerate(names) if rank == 0 or number % 5]
+        (folder / f"targets-{rank}.csv").write_text("\n".join(["path,even", *lines]))
+    codes = wait(start(2, [sys.executable, str(SCRIPT), str(folder), "probe"], tmp_path), 60)
+    said = outputs(tmp_path)
+    assert codes == [2, 2], said
+    assert said.count("error: ") == said.count("error: the labelled images differ between processes: ") == 1, said
