@@ -183,6 +183,14 @@ def speaks() -> bool:
     return launched() == 1 or os.environ.get("RANK") == "0"
 
 
+def own_file(name: str) -> str:
+    """Return the name of a file that each process of a launcher writes: `name`, or NAME-rank-N.ENDING if it does not
+    speak.
+    """
+    stem, dot, ending = name.partition(".")
+    return name if speaks() else f"{stem}-rank-{os.environ.get('RANK')}{dot}{ending}"
+
+
 def speaks_for_host() -> bool:
     """Return whether this process prints errors that occur before the processes are connected: one per host."""
     return speaks() or os.environ.get("LOCAL_RANK") == "0"

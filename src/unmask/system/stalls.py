@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from unmask.errors import UserError
+from unmask.system.processes import own_file
 
 VARIABLE = "UNMASK_STALL_SECONDS"
 DEFAULT_SECONDS = 300.0
@@ -142,10 +143,10 @@ class Watchdog:
 
 def write_stacks(folder: Path | None, more: str = "") -> Path:
     """Write the stacks of all threads, followed by `more`, to stalled.txt in `folder` or to a temporary file; return
-    its path.
+    its path. Of several processes, each writes a file of its own.
     """
     path = Path(tempfile.gettempdir(), f"unmask-stalled-{os.getpid()}.txt")
-    for place in [path] if folder is None else [folder / "stalled.txt", path]:
+    for place in [path] if folder is None else [folder / own_file("stalled.txt"), path]:
         try:
             with place.open("w") as file:
                 file.write(f"main process {os.getpid()}:\n")
