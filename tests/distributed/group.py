@@ -1,20 +1,25 @@
 """Run a Python script in several connected processes, as torchrun would, with a time limit."""
 
 import os
+import random
 import signal
 import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 GRACE = 5.0  # seconds between SIGTERM and SIGKILL
 
 
 def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
+    """Return a port below those that the system hands out, so that no connection takes it before it is used."""
+    while True:
+        port = random.SystemRandom().randrange(20000, 32000)
+        with socket.socket() as found, suppress(OSError):
+            found.bind(("127.0.0.1", port))
+            return port
 
 
 def start(ranks: int, command: list[str], folder: Path, **environment: str) -> list[subprocess.Popen]:
