@@ -181,6 +181,23 @@ def test_resumed_run_equals_the_uninterrupted_run(tuned, pretrained, data, tests
     assert [row["step"] for row in run.metrics() if "test_accuracy" in row] == [20, 40]
 
 
+@pytest.mark.parametrize("with_test", [False, True])
+def test_unreadable_images_are_left_out_of_training_and_test(pretrained, data, tests, tmp_path, with_test):
+    mixed = coloured(tmp_path / "mixed")
+    for number in range(8):  # some of them are among the images that are held out for the test
+        (mixed / "blue" / f"broken{number}.png").write_bytes(b"nothing")
+    more, settings = {"test": str(tests)} if with_test else {}, ("data.max_bad_fraction=0.5", "train.steps=10")
+    with error_before(5, KeyboardInterrupt()), pytest.raises(KeyboardInterrupt):
+        tune(pretrained, mixed, tmp_path / "run", *settings, **more)
+    run = finetune_run.resume(tmp_path / "run")
+    plan = read_plan(run)
+    names = [file.name for file in sorted(mixed.rglob("*.png"))]
+    assert run.finished
+    assert plan.num_images + len(plan.test_rows) == 24
+    assert not [row for row in plan.test_rows if names[row].startswith("broken")]
+    assert read_score(run).test_images == (12 if with_test else len(plan.test_rows)) > 0
+
+
 def test_resumed_run_repeats_every_kind_of_augmentation(pretrained, data, tests, tmp_path):
     everything = [
         "method.mixup=0.8", "method.cutmix=1", "method.rand_augment=9", "method.erasing=0.5", "method.drop_path=0.3",

@@ -144,9 +144,12 @@ class Examples:
     def num_test(self) -> int:
         return len(self.held_out) if self.test is None else len(self.test.rows)
 
-    def digest(self) -> str:
-        """Return a digest of the images and their annotations."""
-        own = digest(self.annotated, np.union1d(self.train, self.held_out))
+    def digest(self, unreadable: np.ndarray) -> str:
+        """Return a digest of the images and their annotations, which `supervise` computes again from the plan.
+
+        unreadable: rows of `annotated` that cannot be read.
+        """
+        own = digest(self.annotated, np.setdiff1d(np.union1d(self.train, self.held_out), unreadable))
         return own if self.test is None else own + digest(self.test, self.test.rows)
 
 
@@ -209,7 +212,7 @@ def finetune(
         held_out=np.setdiff1d(np.arange(len(source)), examples.train),
         test_rows=examples.held_out if examples.test is None else None,
         num_test=examples.num_test,
-        annotations_digest=examples.digest(),
+        annotations_digest=examples.digest(found.bad_rows),
         supervise=partial(supervise, console=console),
     )
     reasons = (why, origin, *reasons_for(examples, data, options, console))
@@ -407,7 +410,7 @@ def supervise(run: Run, config: Config, plan: Plan, source: Source, *, console: 
     """
     annotated = reopen(config, plan, source)
     test_set = open_test_set(config, plan, annotated, console)
-    used = np.setdiff1d(np.arange(len(source)), np.setdiff1d(plan.excluded, plan.test_rows)).astype(np.int64)
+    used = dataset_record.used_rows(plan, len(source))
     known = [
         digest(annotated, used, labels=labels) + ("" if config.data.test is None else test_set.digest(labels=labels))
         for labels in (True, False)  # digests of earlier versions did not include the class labels
