@@ -239,11 +239,12 @@ def test_file_that_becomes_unreadable_is_replaced_deterministically(images, tmp_
     assert [(row["name"], row["code"]) for row in a.quarantine()] == [("0004.png", "CHANGED")]
 
 
-def test_few_unreadable_files_are_quarantined_and_many_stop_the_run(tmp_path):
+def test_few_unreadable_files_are_quarantined_and_many_stop_the_run(tmp_path, capsys):
     images = write_images(tmp_path / "images", 99)
     (images / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     run = start(images, tmp_path / "run", "train.steps=2")
     assert [row["name"] for row in run.quarantine()] == ["broken.png"]
+    assert "1 of 100 files cannot be read and are left out;" in " ".join(capsys.readouterr().err.split())
     assert run.read("plan.json")["num_images"] == 99
     for number in range(99):
         (images / f"bad{number}.jpg").write_bytes(b"no image")

@@ -58,6 +58,11 @@ def start_run(request: TrainingRequest, *, out: str | Path | None, console: Cons
     with begun(world, folder, files, fill=fill, log=console.print) as run:
         print_plan(plan, config, console, printed=(size,))
         print_inputs(config, console)
+        if found.bad:
+            console.warn(
+                f"{len(found.bad)} of {found.checked} files cannot be read and are left out; {run.quarantine_file} "
+                "lists them"
+            )
         if (warning := few_steps(plan)) is not None:
             console.warn(warning)
         supervise = None if split is None else split.supervise
